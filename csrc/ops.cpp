@@ -1,0 +1,46 @@
+// The table of contents: every operator's schema. Kernels register themselves at the foot of csrc/cpu/<stem>.cpp.
+//
+// Conventions shared by all schemas
+//   k            number of tangents; tangent tensors carry it as their leading axis
+//   state        int64 tensor [seed, step]; for distribution 2 (standard basis) the k coordinates themselves
+//   first        index of the first tangent, so that a chunk of tangents draws what the whole set would
+//   offset       position of the first element inside the global tangent vector
+//   distribution 0 normal, 1 Rademacher, 2 standard basis
+#include "stable_compat.h"
+
+STABLE_TORCH_LIBRARY(frog_cuda, m) {
+  // tangents
+  m.def(
+      "sample_tangents(Tensor state, int k, int numel, int offset, int first, int distribution, ScalarType dtype) -> "
+      "Tensor");
+  m.def("tangent_gram(Tensor state, int k, int numel, int offset, int first, int distribution) -> Tensor");
+  m.def("gram(Tensor tangents) -> Tensor");
+  m.def(
+      "tangent_combine(Tensor state, Tensor coefficients, int numel, int offset, int first, int distribution, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
+      "tangent_axpy_(Tensor(a!) self, Tensor state, Tensor coefficients, float alpha, int offset, int first, int "
+      "distribution) -> ()");
+  // projection
+  m.def("cholesky_project(Tensor gram, Tensor derivatives, float rtol) -> (Tensor coefficients, Tensor rank)");
+  // linear
+  m.def(
+      "linear_jvp(Tensor x, Tensor? dx, Tensor weight, Tensor? bias, Tensor? dweight, Tensor? dbias, Tensor? activity, "
+      "Tensor? state, int k, int first, int distribution, int? weight_offset, int? bias_offset, int activation, float "
+      "alpha, float beta, bool want_gram) -> (Tensor y, Tensor dy, Tensor gram)");
+  // pointwise
+  m.def(
+      "pointwise_jvp(Tensor x, Tensor? dx, Tensor? activity, int function, float alpha, float beta) -> (Tensor y, "
+      "Tensor dy)");
+  // softmax
+  m.def("softmax_jvp(Tensor x, Tensor dx, int dim) -> (Tensor y, Tensor dy)");
+  m.def("log_softmax_jvp(Tensor x, Tensor dx, int dim) -> (Tensor y, Tensor dy)");
+  // loss
+  m.def(
+      "cross_entropy_jvp(Tensor logits, Tensor dlogits, Tensor target, Tensor? weight, int ignore_index, float "
+      "label_smoothing) -> (Tensor loss, Tensor dloss)");
+  m.def("mse_jvp(Tensor input, Tensor? dinput, Tensor target, Tensor? dtarget) -> (Tensor loss, Tensor dloss)");
+  m.def(
+      "bce_jvp(Tensor input, Tensor dinput, Tensor target, Tensor? weight, Tensor? pos_weight, bool with_logits) -> "
+      "(Tensor loss, Tensor dloss)");
+}

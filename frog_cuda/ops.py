@@ -1,0 +1,313 @@
+"""The Python face of every compiled operator: argument checks, names instead of codes, guards against silent loss of tangents.
+
+Tangents are explicit arguments and results; ``k`` is always their leading axis. No operator records autograd. A
+``torch.autograd.forward_ad`` dual or a functorch-wrapped tensor (inside ``torch.func.jvp``, ``grad`` or ``vmap``) is refused:
+PyTorch would drop its tangent without a word.
+
+Each function here has a float64 twin of the same name and signature in :mod:`frog_cuda.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd, _functorch
+from torch.autograd import forward_ad
+
+from . import _load
+
+_load.load()
+_ops = torch.ops.frog_cuda
+
+#: name -> code of ``distribution``
+DISTRIBUTIONS = {"normal": 0, "rademacher": 1, "standard_basis": 2}
+
+#: name -> code of the pointwise ``function`` / fused ``activation``; ``alpha`` and ``beta`` are the parameters in brackets
+POINTWISE = {
+    "identity": 0,
+    "relu": 1,
+    "gelu": 2,
+    "gelu_tanh": 3,
+    "silu": 4,
+    "tanh": 5,
+    "sigmoid": 6,
+    "softplus": 7,  # (alpha=beta of torch, beta=threshold of torch)
+    "elu": 8,  # (alpha)
+    "leaky_relu": 9,  # (alpha=negative_slope)
+    "hardtanh": 10,  # (alpha=min_val, beta=max_val)
+}
+
+
+def _guard(name: str, *tensors: Tensor | None) -> None:
+    """Raises where PyTorch would silently drop a tangent or a gradient."""
+    if forward_ad._current_level >= 0:
+        for t in tensors:
+            if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+                raise RuntimeError(
+                    f"frog_cuda.ops.{name}: got a torch.autograd.forward_ad dual tensor, whose tangent would be lost; "
+                    "pass primal and tangents as separate arguments, or use frog_cuda.jvp"
+                )
+    if _functorch.peek_interpreter_stack() is not None:
+        for t in tensors:
+            if t is not None and _functorch.is_functorch_wrapped_tensor(t):
+                raise RuntimeError(
+                    f"frog_cuda.ops.{name}: got a tensor wrapped by torch.func (jvp, grad or vmap), whose tangent would be "
+                    "lost; call the operator outside torch.func, or use frog_cuda.jvp"
+                )
+    if torch.is_grad_enabled():
+        _refuse_grad(name, tensors)
+
+
+def _refuse_grad(name: str, tensors) -> None:
+    for t in tensors:
+        if isinstance(t, Tensor) and t.requires_grad:
+            raise RuntimeError(
+                f"frog_cuda.ops.{name}: got a tensor that requires grad, but no gradient is recorded through it; call it "
+                "under torch.no_grad() or pass tensor.detach()"
+            )
+
+
+def _code(table: dict[str, int], what: str, name: str) -> int:
+    try:
+        return table[name]
+    except KeyError:
+        raise ValueError(f"{what} is {name!r}; accepted are {', '.join(table)}") from None
+
+
+def sample_tangents(
+    state: Tensor,
+    k: int,
+    numel: int,
+    *,
+    offset: int = 0,
+    first: int = 0,
+    distribution: str = "normal",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draws tangents ``first .. first+k`` restricted to the elements ``offset .. offset+numel`` of the global tangent vector.
+
+    Element (i, j) is a pure function of (seed, step, first + i, offset + j) (Philox4x32-10, Salmon et al. 2011), whatever the
+    chunk, slice, device or number of threads.
+
+    Arguments:
+        state: int64 ``(2,)`` holding ``[seed, step]``; for ``"standard_basis"`` the coordinates, int64 ``(>= first + k,)``.
+        distribution: ``"normal"``, ``"rademacher"`` or ``"standard_basis"``.
+        dtype: floating dtype of the result; values are drawn in float32 and rounded.
+    Returns:
+        tangents ``(k, numel)``.
+    """
+    _guard("sample_tangents", state)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        return _ops.sample_tangents(state, k, numel, offset, first, code, dtype)
+
+
+def tangent_gram(
+    state: Tensor, k: int, numel: int, *, offset: int = 0, first: int = 0, distribution: str = "normal"
+) -> Tensor:
+    """Gram matrix ``V^T V`` of the tangents that :func:`sample_tangents` would draw, without storing them.
+
+    Returns:
+        float64 ``(k, k)``, accumulated in float64 over blocks in a fixed order.
+    """
+    _guard("tangent_gram", state)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        return _ops.tangent_gram(state, k, numel, offset, first, code)
+
+
+def gram(tangents: Tensor) -> Tensor:
+    """Gram matrix of given tangents ``(k, n)`` -> float64 ``(k, k)``, accumulated in float64."""
+    _guard("gram", tangents)
+    with _AutoDispatchBelowAutograd():
+        return _ops.gram(tangents)
+
+
+def tangent_combine(
+    state: Tensor,
+    coefficients: Tensor,
+    numel: int,
+    *,
+    offset: int = 0,
+    first: int = 0,
+    distribution: str = "normal",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``V c``: the linear combination of replayed tangents, ``(numel,)``; ``coefficients`` is ``(k,)``, any float dtype."""
+    _guard("tangent_combine", state, coefficients)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        return _ops.tangent_combine(state, coefficients, numel, offset, first, code, dtype)
+
+
+def tangent_axpy_(
+    self: Tensor,
+    state: Tensor,
+    coefficients: Tensor,
+    *,
+    alpha: float = 1.0,
+    offset: int = 0,
+    first: int = 0,
+    distribution: str = "normal",
+) -> Tensor:
+    """``self += alpha * V c`` in place with replayed tangents; ``self`` is viewed as a flat vector of ``self.numel()``."""
+    _guard("tangent_axpy_", self, state, coefficients)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        _ops.tangent_axpy_(self, state, coefficients, alpha, offset, first, code)
+    return self
+
+
+def cholesky_project(gram: Tensor, derivatives: Tensor, *, rtol: float = 1e-7) -> tuple[Tensor, Tensor]:
+    """Coefficients ``c = G^+ d`` of the orthogonal projection P_U (Flügel et al., section 3.4) by pivoted Cholesky.
+
+    Dependent tangents are dropped: a pivot below ``rtol`` times the largest diagonal entry ends the factorisation, the remaining
+    tangents get coefficient 0, and the projection onto the span stays exact.
+
+    Arguments:
+        gram: symmetric positive semi-definite, ``(k, k)`` or batched ``(b, k, k)``.
+        derivatives: ``(k, r)`` or ``(b, k, r)``: r right-hand sides.
+    Returns:
+        coefficients, float64, shaped like ``derivatives``; rank, int64, ``()`` or ``(b,)``.
+    """
+    _guard("cholesky_project", gram, derivatives)
+    with _AutoDispatchBelowAutograd():
+        return _ops.cholesky_project(gram, derivatives, rtol)
+
+
+def linear_jvp(
+    x: Tensor,
+    dx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+    activity: Tensor | None = None,
+    state: Tensor | None = None,
+    k: int,
+    first: int = 0,
+    distribution: str = "normal",
+    weight_offset: int | None = None,
+    bias_offset: int | None = None,
+    activation: str = "identity",
+    alpha: float = 0.0,
+    beta: float = 0.0,
+    want_gram: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y = act(x W^T + b)`` and its k tangents ``dy_i = act'(.) * (dx_i W^T + x dW_i^T + db_i + v_i)``.
+
+    Arguments:
+        x: ``(*, in)``.  dx: ``(k, *, in)`` or None where nothing upstream is perturbed.
+        weight: ``(out, in)``.  bias: ``(out,)`` or None.
+        dweight, dbias: supplied tangents ``(k, out, in)``, ``(k, out)``.
+        activity: an activity tangent added before the activation, ``(k, *s, out)`` with ``s`` a suffix of ``*`` (empty: shared by
+            every row).
+        state, weight_offset, bias_offset, first, distribution: sampled tangents of weight and bias, as in :func:`sample_tangents`;
+            they are drawn block by block in cache and never stored. An offset of None means: that parameter is not sampled.
+        activation, alpha, beta: see :data:`POINTWISE`.
+        want_gram: also return the Gram matrix of the sampled weight and bias tangents.
+    Returns:
+        y ``(*, out)``; dy ``(k, *, out)`` in ``dx``'s dtype where given, else ``x``'s; gram float64 ``(k, k)``, or ``(0, 0)``.
+    """
+    _guard("linear_jvp", x, dx, weight, bias, dweight, dbias, activity)
+    act = _code(POINTWISE, "activation", activation)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        return _ops.linear_jvp(
+            x,
+            dx,
+            weight,
+            bias,
+            dweight,
+            dbias,
+            activity,
+            state,
+            k,
+            first,
+            code,
+            weight_offset,
+            bias_offset,
+            act,
+            alpha,
+            beta,
+            want_gram,
+        )
+
+
+def pointwise_jvp(
+    x: Tensor, dx: Tensor | None, function: str, *, activity: Tensor | None = None, alpha: float = 0.0, beta: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """``y = f(x)`` and ``dy_i = f'(x) * (dx_i + v_i)``, reading ``x`` once for all k tangents.
+
+    Arguments:
+        x: any shape.  dx: ``(k, *x.shape)`` or None.
+        activity: tangent added to ``dx``, ``(k, *s)`` with ``s`` a suffix of ``x.shape``. One of dx and activity must be given.
+        function, alpha, beta: see :data:`POINTWISE`. Derivatives at kinks are PyTorch's.
+    Returns:
+        y like ``x``; dy ``(k, *x.shape)`` in the tangents' dtype.
+    """
+    _guard("pointwise_jvp", x, dx, activity)
+    code = _code(POINTWISE, "function", function)
+    with _AutoDispatchBelowAutograd():
+        return _ops.pointwise_jvp(x, dx, activity, code, alpha, beta)
+
+
+def softmax_jvp(x: Tensor, dx: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``y = softmax(x, dim)`` and ``dy_i = y * (dx_i - sum(y * dx_i))``; ``dim`` counts the axes of ``x``."""
+    _guard("softmax_jvp", x, dx)
+    with _AutoDispatchBelowAutograd():
+        return _ops.softmax_jvp(x, dx, dim)
+
+
+def log_softmax_jvp(x: Tensor, dx: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``y = log_softmax(x, dim)`` and ``dy_i = dx_i - sum(exp(y) * dx_i)``; ``dim`` counts the axes of ``x``."""
+    _guard("log_softmax_jvp", x, dx)
+    with _AutoDispatchBelowAutograd():
+        return _ops.log_softmax_jvp(x, dx, dim)
+
+
+def cross_entropy_jvp(
+    logits: Tensor,
+    dlogits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Per-sample cross entropy of ``logits`` (B, C) with class indices ``target`` int64 (B,), as ``reduction="none"``.
+
+    Returns:
+        loss ``(B,)``; dloss ``(k, B)``; ignored samples have both exactly 0.
+    """
+    _guard("cross_entropy_jvp", logits, dlogits, weight)
+    with _AutoDispatchBelowAutograd():
+        return _ops.cross_entropy_jvp(logits, dlogits, target, weight, ignore_index, label_smoothing)
+
+
+def mse_jvp(
+    input: Tensor, dinput: Tensor | None, target: Tensor, dtarget: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Elementwise squared error of same-shaped ``input`` and ``target``; one of dinput and dtarget must be given."""
+    _guard("mse_jvp", input, dinput, target, dtarget)
+    with _AutoDispatchBelowAutograd():
+        return _ops.mse_jvp(input, dinput, target, dtarget)
+
+
+def bce_jvp(
+    input: Tensor,
+    dinput: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    with_logits: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Elementwise binary cross entropy, ``reduction="none"``; weight and pos_weight broadcast against ``input``.
+
+    Without logits, logarithms are clamped at -100 as in :func:`torch.nn.functional.binary_cross_entropy`.
+    """
+    _guard("bce_jvp", input, dinput, target, weight, pos_weight)
+    with _AutoDispatchBelowAutograd():
+        return _ops.bce_jvp(input, dinput, target, weight, pos_weight, with_logits)

@@ -1,0 +1,24 @@
+#include <cstdint>
+#include <cstdlib>
+
+#include "../../distributions.h"
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+// After every shared header: what follows may use AVX2 and is in a namespace of its own.
+#pragma GCC target("avx2,fma")
+#define FROG_ISA avx2
+#include "schedule.h"
+//
+#include "isa_avx2.h"
+#include "kernels_impl.h"
+
+namespace frog {
+const SimdKernels* avx2_kernels() { return &avx2::kTable; }
+}  // namespace frog
+#else
+namespace frog {
+const SimdKernels* avx2_kernels() { return nullptr; }
+}  // namespace frog
+#endif

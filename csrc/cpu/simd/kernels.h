@@ -1,0 +1,53 @@
+// The table of vector kernels. Each instruction set fills one (baseline.cpp, avx2.cpp, avx512.cpp); the machine picks at run time,
+// so a library built on an AVX-512 machine runs on one without. Plain pointers only: no torch type reaches these files, because a
+// function compiled for AVX-512 must never be the copy of an inline function that the linker keeps for everybody.
+#pragma once
+
+#include <cstdint>
+
+namespace frog {
+
+// What is to be drawn; see csrc/distributions.h.
+struct DrawSpec {
+  int64_t distribution;
+  uint64_t seed;
+  uint32_t step;
+  int64_t first;               // index of the first tangent
+  const int64_t* coordinates;  // [first + k] for the standard basis, else null
+};
+
+struct SimdKernels {
+  const char* name;
+
+  // out[i * ld + j] = element start + j of tangent spec.first + i, for i < k and j < count
+  void (*draw_f32)(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, float* out, int64_t ld);
+  void (*draw_f64)(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, double* out, int64_t ld);
+
+  // out[j] = sum_i c[i] * tangent i at start + j
+  void (*combine_f32)(const DrawSpec& spec, int64_t k, const float* c, int64_t start, int64_t count, float* out);
+  void (*combine_f64)(const DrawSpec& spec, int64_t k, const double* c, int64_t start, int64_t count, double* out);
+
+  // lower triangle of gram[k, k] += v v^T for v[k, n] with row stride ld; products and sums in the type of v
+  void (*gram_f32)(const float* v, int64_t k, int64_t n, int64_t ld, double* gram);
+  void (*gram_f64)(const double* v, int64_t k, int64_t n, int64_t ld, double* gram);
+
+  // acc[r * acc_ld + b] += sum_c v[r * v_ld + c] * xt[c * width + b] for r < rows, b < width; width a multiple of the vector length
+  // and at most panel width
+  void (*tile_f32)(const float* xt, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t count, float* acc,
+                   int64_t acc_ld);
+  void (*tile_f64)(const double* xt, int64_t width, const double* v, int64_t v_ld, int64_t rows, int64_t count, double* acc,
+                   int64_t acc_ld);
+  int64_t vector_f32, vector_f64;  // elements of a vector register
+  int64_t panel_f32, panel_f64;    // widest xt panel the tile kernel takes
+};
+
+constexpr int64_t kTileRows = 6;  // rows of v that one tile call holds in registers
+
+const SimdKernels& baseline_kernels();
+const SimdKernels* avx2_kernels();    // null where the compiler cannot build them
+const SimdKernels* avx512_kernels();  // null where the compiler cannot build them
+
+// The best table this machine can run; FROG_CUDA_SIMD=baseline|avx2|avx512 lowers the choice.
+const SimdKernels& simd();
+
+}  // namespace frog

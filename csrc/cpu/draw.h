@@ -1,0 +1,118 @@
+// What every operator that draws tangents on the CPU shares: reading `state`, cutting a range where groups end, low precision.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+
+#include "../checks.h"
+#include "../distributions.h"
+#include "simd/kernels.h"
+
+namespace frog {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+/// Checks the arguments that say which tangents are meant. `state` must outlive the result.
+inline DrawSpec draw_spec(const char* op, const Tensor& state, int64_t k, int64_t first, int64_t distribution) {
+  check_k(op, k);
+  check_cpu(op, "state", state);
+  check_dtype(op, "state", state, ScalarType::Long);
+  STD_TORCH_CHECK(state.dim() == 1 && state.is_contiguous(), op, ": state has shape ", shape_string(state),
+                  ", expected a contiguous vector [seed, step]");
+  STD_TORCH_CHECK(first >= 0 && first + k <= (int64_t{1} << 32), op, ": first is ", first,
+                  "; tangent indices must lie in [0, 2^32)");
+  const int64_t* values = static_cast<const int64_t*>(state.const_data_ptr());
+  if (distribution == kStandardBasis) {
+    STD_TORCH_CHECK(state.size(0) >= first + k, op, ": state holds ", state.size(0), " coordinates, but tangents up to ",
+                    first + k, " are asked for");
+    return {distribution, 0, 0, first, values};
+  }
+  STD_TORCH_CHECK(distribution == kNormal || distribution == kRademacher, op, ": distribution is ", distribution,
+                  "; accepted are 0 (normal), 1 (Rademacher) and 2 (standard basis)");
+  STD_TORCH_CHECK(state.size(0) == 2, op, ": state has ", state.size(0), " elements, expected 2: [seed, step]");
+  STD_TORCH_CHECK(values[1] >= 0 && values[1] < (int64_t{1} << 32), op, ": step is ", values[1],
+                  "; it must lie in [0, 2^32)");
+  return {distribution, static_cast<uint64_t>(values[0]), static_cast<uint32_t>(values[1]), first, nullptr};
+}
+
+inline void check_range(const char* op, int64_t numel, int64_t offset) {
+  STD_TORCH_CHECK(numel >= 0, op, ": numel is ", numel, "; it must not be negative");
+  STD_TORCH_CHECK(offset >= 0, op, ": offset is ", offset, "; it must not be negative");
+}
+
+/// Elements handed to one thread at a time. A multiple of both group sizes, so that no group is drawn by two threads.
+constexpr int64_t kDrawChunk = 8192;
+
+/// Calls body(start, count) for the pieces of [offset, offset + numel) between multiples of kDrawChunk, in parallel.
+template <class Body>
+void for_each_chunk(int64_t offset, int64_t numel, int64_t k, const Body& body) {
+  if (numel == 0) return;
+  const int64_t end = offset + numel;
+  const int64_t grain = std::max<int64_t>(1, 4 / k);
+  torch::stable::parallel_for(offset / kDrawChunk, (end + kDrawChunk - 1) / kDrawChunk, grain, [&](int64_t a, int64_t b) {
+    for (int64_t chunk = a; chunk < b; ++chunk) {
+      const int64_t start = std::max(offset, chunk * kDrawChunk);
+      body(start, std::min(end, (chunk + 1) * kDrawChunk) - start);
+    }
+  });
+}
+
+/// Calls body(T{}) with the element type of `type`, one of the four floating types.
+template <class Body>
+void dispatch_floating(const char* op, ScalarType type, const Body& body) {
+  switch (type) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    case ScalarType::Half:
+      return body(Half{});
+    default:
+      STD_TORCH_CHECK(false, op, ": dtype ", dtype_string(type),
+                      " is not supported; accepted are float32, float64, bfloat16 and float16");
+  }
+}
+
+/// float for every low-precision type, else the type itself.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+
+// The table's entries by element type.
+inline void draw(const DrawSpec& s, int64_t k, int64_t start, int64_t count, float* out, int64_t ld) {
+  simd().draw_f32(s, k, start, count, out, ld);
+}
+inline void draw(const DrawSpec& s, int64_t k, int64_t start, int64_t count, double* out, int64_t ld) {
+  simd().draw_f64(s, k, start, count, out, ld);
+}
+inline void combine(const DrawSpec& s, int64_t k, const float* c, int64_t start, int64_t count, float* out) {
+  simd().combine_f32(s, k, c, start, count, out);
+}
+inline void combine(const DrawSpec& s, int64_t k, const double* c, int64_t start, int64_t count, double* out) {
+  simd().combine_f64(s, k, c, start, count, out);
+}
+inline void gram(const float* v, int64_t k, int64_t n, int64_t ld, double* out) { simd().gram_f32(v, k, n, ld, out); }
+inline void gram(const double* v, int64_t k, int64_t n, int64_t ld, double* out) { simd().gram_f64(v, k, n, ld, out); }
+
+/// Adds up the partial Gram matrices in order and mirrors the lower triangle: partials [parts, k, k] -> out [k, k].
+inline void finish_gram(const std::vector<double>& partials, int64_t parts, int64_t k, double* out) {
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      double total = 0;
+      for (int64_t p = 0; p < parts; ++p) total += partials[(p * k + i) * k + j];
+      out[i * k + j] = out[j * k + i] = total;
+    }
+  }
+}
+
+}  // namespace frog

@@ -1,0 +1,204 @@
+// Drawing tangents, their Gram matrix and their linear combinations; nothing of size k x n is stored unless it is the result.
+#include "draw.h"
+
+namespace frog {
+namespace {
+
+// A Gram matrix is summed over at most this many parts, each by one thread, then in order: the bits never depend on the threads.
+constexpr int64_t kGramParts = 64;
+// Bytes of tangents that are drawn at a time for a Gram matrix; stays in the second-level cache.
+constexpr int64_t kGramScratch = 128 * 1024;
+
+Tensor sample_tangents(const Tensor& state, int64_t k, int64_t numel, int64_t offset, int64_t first, int64_t distribution,
+                       ScalarType dtype) {
+  const char* op = "sample_tangents";
+  const DrawSpec spec = draw_spec(op, state, k, first, distribution);
+  check_range(op, numel, offset);
+  STD_TORCH_CHECK(is_floating(dtype), op, ": dtype is ", dtype_string(dtype),
+                  "; accepted are float32, float64, bfloat16 and float16");
+  Tensor out = new_tensor(state, {k, numel}, dtype);  // [k, numel]
+  dispatch_floating(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* data = static_cast<T*>(out.mutable_data_ptr());
+    for_each_chunk(offset, numel, k, [&](int64_t start, int64_t count) {
+      if constexpr (std::is_same_v<T, typename ComputeOf<T>::type>) {
+        draw(spec, k, start, count, data + start - offset, numel);
+      } else {
+        std::vector<float> drawn(kDrawChunk);
+        for (int64_t i = 0; i < k; ++i) {
+          DrawSpec one = spec;
+          one.first += i;
+          draw(one, 1, start, count, drawn.data(), kDrawChunk);
+          for (int64_t j = 0; j < count; ++j) data[i * numel + start - offset + j] = static_cast<T>(drawn[j]);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// Sums body(start, count, partial [k, k]) over [begin, begin + n) cut into kGramParts parts at multiples of `align`.
+template <class Body>
+Tensor gram_in_parts(const Tensor& like, int64_t k, int64_t begin, int64_t n, int64_t align, const Body& body) {
+  Tensor out = new_tensor(like, {k, k}, ScalarType::Double);
+  const int64_t end = begin + n;
+  const int64_t low = begin / align, high = (end + align - 1) / align;  // in units of align
+  const int64_t parts = std::max<int64_t>(1, std::min(kGramParts, high - low));
+  std::vector<double> partials(parts * k * k, 0.0);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t a, int64_t b) {
+    for (int64_t p = a; p < b; ++p) {
+      const int64_t from = std::max(begin, (low + (high - low) * p / parts) * align);
+      const int64_t to = std::min(end, (low + (high - low) * (p + 1) / parts) * align);
+      if (from < to) body(from, to - from, partials.data() + p * k * k);
+    }
+  });
+  finish_gram(partials, parts, k, static_cast<double*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// T is the type of the products: float holds sums of +-1 exactly, everything else needs double.
+template <class T>
+void drawn_gram(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, double* out) {
+  const int64_t group = spec.distribution == kRademacher ? kRademacherGroup : kNormalGroup;
+  const int64_t block = std::max<int64_t>(1, kGramScratch / (k * static_cast<int64_t>(sizeof(T)) * group)) * group;
+  std::vector<T> drawn(k * block);
+  for (int64_t at = start; at < start + count;) {
+    const int64_t n = std::min((at / group) * group + block, start + count) - at;
+    draw(spec, k, at, n, drawn.data(), block);
+    gram(drawn.data(), k, n, block, out);
+    at += n;
+  }
+}
+
+Tensor tangent_gram(const Tensor& state, int64_t k, int64_t numel, int64_t offset, int64_t first, int64_t distribution) {
+  const char* op = "tangent_gram";
+  const DrawSpec spec = draw_spec(op, state, k, first, distribution);
+  check_range(op, numel, offset);
+  if (distribution == kStandardBasis) {
+    Tensor out = torch::stable::new_zeros(state, {k, k}, ScalarType::Double);
+    double* data = static_cast<double*>(out.mutable_data_ptr());
+    const int64_t* hit = spec.coordinates + first;
+    for (int64_t i = 0; i < k; ++i) {
+      for (int64_t j = 0; j < k; ++j) data[i * k + j] = hit[i] == hit[j] && hit[i] >= offset && hit[i] < offset + numel;
+    }
+    return out;
+  }
+  return gram_in_parts(state, k, offset, numel, kRademacherGroup, [&](int64_t start, int64_t count, double* partial) {
+    if (distribution == kRademacher) {
+      drawn_gram<float>(spec, k, start, count, partial);
+    } else {
+      drawn_gram<double>(spec, k, start, count, partial);
+    }
+  });
+}
+
+Tensor gram_of(const Tensor& tangents_) {
+  const char* op = "gram";
+  check_cpu(op, "tangents", tangents_);
+  check_floating(op, "tangents", tangents_);
+  STD_TORCH_CHECK(tangents_.dim() == 2, op, ": tangents has shape ", shape_string(tangents_), ", expected (k, n)");
+  const int64_t k = tangents_.size(0), n = tangents_.size(1);
+  check_k(op, k);
+  const Tensor tangents = torch::stable::contiguous(tangents_);  // [k, n]
+  Tensor out;
+  dispatch_floating(op, tangents.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* data = static_cast<const T*>(tangents.const_data_ptr());
+    out = gram_in_parts(tangents, k, 0, n, kNormalGroup, [&](int64_t start, int64_t count, double* partial) {
+      if constexpr (std::is_same_v<T, double>) {
+        gram(data + start, k, count, n, partial);
+      } else {
+        const int64_t block = std::max<int64_t>(64, kGramScratch / (k * static_cast<int64_t>(sizeof(double))));
+        std::vector<double> wide(k * block);
+        for (int64_t at = start; at < start + count; at += block) {
+          const int64_t m = std::min(block, start + count - at);
+          for (int64_t i = 0; i < k; ++i) {
+            for (int64_t j = 0; j < m; ++j) wide[i * block + j] = static_cast<double>(data[i * n + at + j]);
+          }
+          gram(wide.data(), k, m, block, partial);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// coefficients [k], any floating dtype, as T and times alpha
+template <class T>
+std::vector<T> read_coefficients(const char* op, const Tensor& coefficients, double alpha) {
+  check_cpu(op, "coefficients", coefficients);
+  check_floating(op, "coefficients", coefficients);
+  STD_TORCH_CHECK(coefficients.dim() == 1 && coefficients.size(0) >= 1, op, ": coefficients has shape ",
+                  shape_string(coefficients), ", expected (k,) with k >= 1");
+  const Tensor wide = torch::stable::contiguous(to_dtype(coefficients, ScalarType::Double));
+  const double* data = static_cast<const double*>(wide.const_data_ptr());
+  std::vector<T> values(coefficients.size(0));
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<T>(alpha * data[i]);
+  return values;
+}
+
+Tensor tangent_combine(const Tensor& state, const Tensor& coefficients, int64_t numel, int64_t offset, int64_t first,
+                       int64_t distribution, ScalarType dtype) {
+  const char* op = "tangent_combine";
+  STD_TORCH_CHECK(is_floating(dtype), op, ": dtype is ", dtype_string(dtype),
+                  "; accepted are float32, float64, bfloat16 and float16");
+  check_range(op, numel, offset);
+  Tensor out = new_tensor(state, {numel}, dtype);  // [numel]
+  dispatch_floating(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using C = typename ComputeOf<T>::type;
+    const std::vector<C> c = read_coefficients<C>(op, coefficients, 1.0);
+    const int64_t k = static_cast<int64_t>(c.size());
+    const DrawSpec spec = draw_spec(op, state, k, first, distribution);
+    T* data = static_cast<T*>(out.mutable_data_ptr());
+    for_each_chunk(offset, numel, k, [&](int64_t start, int64_t count) {
+      if constexpr (std::is_same_v<T, C>) {
+        combine(spec, k, c.data(), start, count, data + start - offset);
+      } else {
+        std::vector<float> sums(kDrawChunk);
+        combine(spec, k, c.data(), start, count, sums.data());
+        for (int64_t j = 0; j < count; ++j) data[start - offset + j] = static_cast<T>(sums[j]);
+      }
+    });
+  });
+  return out;
+}
+
+void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients, double alpha, int64_t offset, int64_t first,
+                   int64_t distribution) {
+  const char* op = "tangent_axpy_";
+  check_cpu(op, "self", self);
+  check_floating(op, "self", self);
+  check_range(op, 0, offset);
+  dispatch_floating(op, self.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using C = typename ComputeOf<T>::type;
+    const std::vector<C> c = read_coefficients<C>(op, coefficients, alpha);
+    const int64_t k = static_cast<int64_t>(c.size());
+    const DrawSpec spec = draw_spec(op, state, k, first, distribution);
+    Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
+    T* data = static_cast<T*>(target.mutable_data_ptr());
+    for_each_chunk(offset, target.numel(), k, [&](int64_t start, int64_t count) {
+      C sums[kRademacherGroup];
+      for (int64_t at = start; at < start + count;) {
+        const int64_t n = std::min((at / kRademacherGroup + 1) * kRademacherGroup, start + count) - at;
+        combine(spec, k, c.data(), at, n, sums);
+        T* out = data + at - offset;
+        for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(static_cast<C>(out[j]) + sums[j]);
+        at += n;
+      }
+    });
+    if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
+  m.impl("sample_tangents", TORCH_BOX(&sample_tangents));
+  m.impl("tangent_gram", TORCH_BOX(&tangent_gram));
+  m.impl("gram", TORCH_BOX(&gram_of));
+  m.impl("tangent_combine", TORCH_BOX(&tangent_combine));
+  m.impl("tangent_axpy_", TORCH_BOX(&tangent_axpy_));
+}
+
+}  // namespace
+}  // namespace frog

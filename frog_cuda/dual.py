@@ -1,0 +1,330 @@
+"""DualTensor: a tensor that carries k tangents through unmodified PyTorch code.
+
+An operation on a DualTensor is served by the first of these that knows it:
+
+1. a *function rule* (``@rule(F.linear)``), found in ``__torch_function__``: whole layers, computed by the fused operators of
+   :mod:`frog_cuda.ops`;
+2. an *aten rule* (``@aten(aten.mul.Tensor)``), found in ``__torch_dispatch__``: views, arithmetic, reductions, matrix products;
+3. the decomposition of a composite operation into simpler ones, which start again at 2;
+4. the fallback: PyTorch's own forward mode applied to this one operation, vectorised over the k tangents.
+
+If PyTorch has no forward rule either, the error names the operation. No step ever answers with zero tangents in place of a
+derivative it does not know. The rules live in :mod:`frog_cuda.rules`, one file per family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass, _AutoDispatchBelowAutograd
+
+__all__ = ["DualTensor", "SampledTangents", "add_activity", "aten", "primal_of", "rule", "tangents_of"]
+
+#: function as seen by ``__torch_function__`` -> rule(*args, **kwargs); a rule may decline by returning NotImplemented
+FUNCTION_RULES: dict[Any, Callable[..., Any]] = {}
+#: aten overload -> rule(overload, *args, **kwargs); may decline likewise. Filled on demand for what has no rule of its own.
+ATEN_RULES: dict[Any, Callable[..., Any]] = {}
+
+
+def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the decorated function as the rule of whole layers, e.g. ``@rule(F.linear)``; same signature as the layer."""
+
+    def register(body: Callable[..., Any]) -> Callable[..., Any]:
+        for function in functions:
+            FUNCTION_RULES[function] = body
+        return body
+
+    return register
+
+
+def aten(*overloads: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the decorated function ``(overload, *args, **kwargs)`` as the rule of aten overloads."""
+
+    def register(body: Callable[..., Any]) -> Callable[..., Any]:
+        for overload in overloads:
+            ATEN_RULES[overload] = body
+        return body
+
+    return register
+
+
+@dataclass(frozen=True, eq=False)
+class SampledTangents:
+    """Which tangents a parameter has, without storing them: the arguments of :func:`frog_cuda.ops.sample_tangents`.
+
+    Arguments:
+        state: int64 ``(2,)`` ``[seed, step]``, or the coordinates of ``"standard_basis"``.
+        k, first: tangents ``first .. first + k`` of the whole set.
+        offset: position of the parameter's first element in the global tangent vector.
+        distribution: ``"normal"``, ``"rademacher"`` or ``"standard_basis"``.
+        grams: where given, fused rules leave the Gram matrix (float64 ``(k, k)``) of the tangents they drew here, under the
+            parameter's offset; a bias drawn together with its weight is counted in the weight's entry and gets zeros.
+    """
+
+    state: Tensor
+    k: int
+    first: int
+    offset: int
+    distribution: str
+    grams: dict[int, Tensor] | None = None
+
+
+_make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+
+
+@final
+class DualTensor(torch.Tensor):
+    """A primal tensor and k tangents of the same shape, usable wherever PyTorch expects a tensor.
+
+    Arguments:
+        primal: any shape, floating point or complex; detached.
+        tangents: ``(k, *primal.shape)``, k >= 1; the primal's dtype, or for a floating primal any other floating dtype (bfloat16
+            tangents of a float32 primal halve their memory). Used as they are, so an in-place operation writes into them.
+    Raises:
+        TypeError: an argument is no plain tensor, or its dtype is not accepted.
+        ValueError: shape or device do not fit.
+    """
+
+    # Exactly one of these describes the tangents: stored ones and/or an activity tangent still to be added to them; a recipe
+    # for drawing them; or nothing at all, which means zeros (a buffer made by zeros_like that something may be written into).
+    k: int
+    sampled: SampledTangents | None = None
+    _primal: Tensor
+    _tangents: Tensor | None = None
+    _activity: Tensor | None = None
+    # why tangents are not the memory that a view's base sees, so that an in-place operation must be refused
+    _readonly: str | None = None
+
+    @staticmethod
+    def __new__(cls, primal: Tensor, tangents: Tensor) -> DualTensor:
+        _check_plain("primal", primal)
+        _check_plain("tangents", tangents)
+        if tangents.dim() < 1 or tangents.shape[0] < 1 or tangents.shape[1:] != primal.shape:
+            raise ValueError(
+                f"DualTensor: tangents have shape {tuple(tangents.shape)}; expected (k, *primal.shape) with k >= 1 and "
+                f"primal.shape {tuple(primal.shape)}"
+            )
+        if tangents.dtype != primal.dtype and not (primal.is_floating_point() and tangents.is_floating_point()):
+            raise TypeError(f"DualTensor: tangents have dtype {tangents.dtype}, but the primal has {primal.dtype}")
+        if tangents.device != primal.device:
+            raise ValueError(f"DualTensor: tangents are on {tangents.device}, but the primal is on {primal.device}")
+        tangents = tangents.detach()
+        if torch._debug_has_internal_overlap(tangents) == 1:  # expanded: could not be written to in place
+            tangents = tangents.clone(memory_format=torch.contiguous_format)
+        return _make(primal.detach(), tangents, tangents.shape[0])
+
+    @staticmethod
+    def sampled_from(primal: Tensor, sampled: SampledTangents) -> DualTensor:
+        """A parameter whose tangents are drawn inside the fused operators and never stored.
+
+        Operations without a fused rule draw them on the spot and drop them again afterwards.
+        """
+        _check_plain("primal", primal)
+        if sampled.k < 1:
+            raise ValueError(f"DualTensor.sampled_from: sampled.k is {sampled.k}; at least 1 tangent is needed")
+        if primal.is_complex():
+            raise TypeError(f"DualTensor.sampled_from: primal has dtype {primal.dtype}; sampled tangents are real")
+        dual = _make(primal.detach(), None, sampled.k)
+        dual.sampled = sampled
+        return dual
+
+    @property
+    def primal(self) -> Tensor:
+        """The value, a plain tensor sharing memory with this one."""
+        return self._primal
+
+    @property
+    def tangents(self) -> Tensor:
+        """Tangents ``(k, *shape)``. Sampled ones are drawn anew at each access; a pending activity tangent is added in."""
+        tangents = self._tangents
+        if tangents is None or self._activity is not None:
+            return self._materialise()
+        return tangents
+
+    def _materialise(self) -> Tensor:
+        if self.sampled is not None:
+            return _draw(self._primal, self.sampled)
+        shape = (self.k, *self._primal.shape)
+        if self._activity is None:
+            tangents = self._primal.new_zeros(shape)
+        else:
+            activity = self._activity
+            lead = (1,) * (len(shape) - activity.dim())
+            activity = activity.reshape(self.k, *lead, *activity.shape[1:])
+            if self._tangents is None:
+                # A copy, because an expanded tensor could not be written to in place later
+                tangents = activity.expand(shape).clone(memory_format=torch.contiguous_format)
+            else:
+                tangents = self._tangents + activity.to(self._tangents.dtype)
+            self._activity = None
+        self._tangents = tangents
+        return tangents
+
+    def _write(self, primal: Tensor, tangents: Tensor | None, name: object) -> DualTensor:
+        """Overwrites value and tangents in place, so that views of this tensor and its base see both; None means zeros."""
+        if self._readonly is not None:
+            raise RuntimeError(f"{name}: in-place operation on {self._readonly}; clone() it first")
+        if primal.shape != self._primal.shape or not torch.can_cast(primal.dtype, self._primal.dtype):
+            raise RuntimeError(
+                f"{name}: the in-place result has shape {tuple(primal.shape)} and dtype {primal.dtype}, which does not fit a "
+                f"tensor of shape {tuple(self._primal.shape)} and dtype {self._primal.dtype}"
+            )
+        self._primal.copy_(primal)
+        if self._tangents is not None:
+            if tangents is None:
+                self._tangents.zero_()
+            else:
+                self._tangents.copy_(tangents)
+        elif tangents is not None:
+            # No view can exist yet: taking one stores the tangents first
+            self._tangents = tangents
+        self._activity = None
+        self.sampled = None
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        how = "sampled tangents" if self.sampled is not None else "tangents"
+        return f"DualTensor({self._primal!r}, k={self.k}, {how})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DualTensor:
+        copy = _make(self._primal.clone(), None, self.k)
+        copy.sampled = self.sampled
+        copy._tangents = None if self._tangents is None else self._tangents.clone()
+        copy._activity = self._activity
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("DualTensor: cannot be pickled; save .primal and .tangents")
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        body = FUNCTION_RULES.get(func)
+        if body is not None:
+            # Nothing is recorded for backward, whatever a plain argument requires
+            with _AutoDispatchBelowAutograd():
+                out = body(*args, **kwargs) if kwargs else body(*args)
+            if out is not NotImplemented:
+                return out
+        if len(types) > 1 and not all(issubclass(t, DualTensor) or t in _PLAIN_TYPES for t in types):
+            return NotImplemented
+        # Below autograd, composite operations reach __torch_dispatch__ whole, so that layers have rules there too
+        with DisableTorchFunctionSubclass(), _AutoDispatchBelowAutograd():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        body = ATEN_RULES.get(func)
+        if body is None:
+            body = ATEN_RULES[func] = rules.fallback.plan(func)
+        k = 0
+        for arg in args:
+            if type(arg) is DualTensor and arg.k != k:
+                if k:
+                    raise _k_mismatch(func, k, arg.k)
+                k = arg.k
+        out = body(func, *args, **kwargs) if kwargs else body(func, *args)
+        if out is NotImplemented:
+            out = rules.fallback.fallback(func, *args, **(kwargs or {}))
+        return out
+
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _make(primal: Tensor, tangents: Tensor | None, k: int) -> DualTensor:
+    """The constructor used by rules: no checks. ``primal`` must not require grad."""
+    dual = _make_wrapper(
+        DualTensor,
+        primal.size(),
+        strides=primal.stride(),
+        storage_offset=primal.storage_offset(),
+        dtype=primal.dtype,
+        device=primal.device,
+    )
+    dual._primal = primal
+    dual._tangents = tangents
+    dual.k = k
+    return dual
+
+
+def _check_plain(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor) or isinstance(tensor, DualTensor):
+        raise TypeError(f"DualTensor: {name} is of type {type(tensor).__name__}; expected a plain torch.Tensor")
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise TypeError(f"DualTensor: {name} has dtype {tensor.dtype}; only floating point and complex tensors have tangents")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"DualTensor: {name} has layout {tensor.layout}; only torch.strided is supported")
+
+
+def _draw(primal: Tensor, sampled: SampledTangents) -> Tensor:
+    from . import ops
+
+    flat = ops.sample_tangents(
+        sampled.state,
+        sampled.k,
+        primal.numel(),
+        offset=sampled.offset,
+        first=sampled.first,
+        distribution=sampled.distribution,
+        dtype=primal.dtype,
+    )
+    return flat.view(sampled.k, *primal.shape)
+
+
+def _k_mismatch(where: object, first: int, second: int) -> ValueError:
+    return ValueError(f"{where}: tangents disagree in number: one DualTensor has k = {first}, another k = {second}")
+
+
+def primal_of(t: Any) -> Any:
+    """The value of a DualTensor; anything else as it is."""
+    return t._primal if isinstance(t, DualTensor) else t
+
+
+def tangents_of(t: Any) -> Tensor | None:
+    """Tangents ``(k, *shape)`` of a DualTensor; None for anything else."""
+    return t.tangents if isinstance(t, DualTensor) else None
+
+
+def add_activity(t: Tensor, v: Tensor) -> DualTensor:
+    """``t`` with the tangents ``v`` added to its own: the perturbation of an activity.
+
+    The sum is not formed here: the next fused pointwise or linear rule takes ``v`` along, everything else adds it first.
+    The value is shared with ``t``.
+
+    Arguments:
+        t: a plain tensor or a DualTensor, floating point.
+        v: ``(k, *s)`` with ``s`` a suffix of ``t.shape``; ``(k, *t.shape)`` perturbs every row on its own, a shorter suffix is
+            shared by the leading axes.
+    Raises:
+        TypeError, ValueError: ``v`` does not fit ``t``, or another k than ``t``'s.
+    """
+    primal = primal_of(t)
+    _check_plain("v", v)
+    _check_plain("t", primal)
+    suffix = v.shape[1:]
+    if v.dim() < 1 or v.shape[0] < 1 or len(suffix) > primal.dim() or primal.shape[primal.dim() - len(suffix) :] != suffix:
+        raise ValueError(
+            f"add_activity: v has shape {tuple(v.shape)}; expected (k, *s) with k >= 1 and s a suffix of t's shape "
+            f"{tuple(primal.shape)}"
+        )
+    k = v.shape[0]
+    tangents = None
+    if isinstance(t, DualTensor):
+        if t.k != k:
+            raise _k_mismatch("add_activity", t.k, k)
+        if t.sampled is not None or t._tangents is not None or t._activity is not None:
+            tangents = t.tangents
+    out = _make(primal.detach(), tangents, k)
+    out._activity = v.detach()
+    return out
+
+
+# The rules register themselves with the tables above and need the names of this module, hence the place.
+from . import rules

@@ -1,0 +1,161 @@
+"""Forward-mode derivatives of any function of tensors, k directions at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .dual import DualTensor
+
+__all__ = ["jvp"]
+
+
+def jvp(fn: Callable[..., Any], primals: Any, tangents: Any, *, chunk_size: int | None = None) -> tuple[Any, Any]:
+    """``fn(*primals)`` and its derivatives along k tangents, in one forward pass.
+
+    What ``torch.func.vmap`` of ``torch.func.jvp`` computes, for functions made of any PyTorch operations, including those that
+    vmap cannot handle (control flow on values, in-place operations, dropout with one mask for all tangents).
+
+    Arguments:
+        fn: takes ``*primals``; returns a pytree of tensors.
+        primals: tuple or list of pytrees of tensors (other leaves are passed on).
+        tangents: like ``primals``, each tensor ``(k, *shape)`` of its primal, same dtype and device, the same k throughout. None
+            in place of a tensor or of a whole subtree: not perturbed.
+        chunk_size: at most so many tangents at a time, to bound the memory; ``fn`` then runs ``ceil(k / chunk_size)`` times, each
+            time with the same random numbers.
+    Returns:
+        ``(out, out_tangents)``: the value and, for each tensor, its tangents ``(k, *shape)``; zeros where an output does not
+        depend on what is perturbed, as in ``torch.func.jvp``. Nothing is recorded for backward.
+    Raises:
+        TypeError: structures differ, a tangent of a tensor that is not floating point, ``fn`` returns something else than tensors.
+        ValueError: shape, dtype, device or k do not fit; no tangents at all; chunk_size < 1.
+        NotImplementedError: PyTorch has no forward-mode rule for an operation in ``fn``; it is named.
+    """
+    if not isinstance(primals, (tuple, list)) or not isinstance(tangents, (tuple, list)):
+        raise TypeError(
+            f"jvp: primals and tangents are of types {type(primals).__name__} and {type(tangents).__name__}; expected tuples"
+        )
+    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+        raise ValueError(f"jvp: chunk_size is {chunk_size!r}; expected an integer >= 1, or None")
+    if _functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError("jvp: called inside a torch.func transform (grad, jvp or vmap), which it does not compose with")
+    flat, spec = tree_flatten(tuple(primals))
+    directions: list[Tensor | None] = []
+    _match(tuple(primals), tuple(tangents), "primals", directions)
+    k = _checked_k(flat, directions)
+    size = k if chunk_size is None else min(chunk_size, k)
+    starts = list(range(0, k, size))
+    values: list[Tensor] = []
+    columns: list[list[Tensor]] = []
+    with torch.no_grad(), _same_random_numbers(flat, len(starts) > 1) as rewind:
+        for start in starts:
+            rewind()
+            # If fn writes into its arguments, the caller's see it once, after the last chunk; tangents never do.
+            last = start == starts[-1]
+            leaves = [_leaf(p, v, slice(start, start + size), last) for p, v in zip(flat, directions, strict=True)]
+            outs, out_spec = tree_flatten(fn(*tree_unflatten(leaves, spec)))
+            values, chunk = _split(outs, len(range(start, min(start + size, k))))
+            columns.append(chunk)
+    out_tangents = [c[0] if len(c) == 1 else torch.cat(c) for c in zip(*columns, strict=True)]
+    return tree_unflatten(values, out_spec), tree_unflatten(out_tangents, out_spec)
+
+
+def _match(primal: Any, tangent: Any, where: str, found: list[Tensor | None]) -> None:
+    """Appends the tangent of each leaf of ``primal``, None where there is none."""
+    leaves, spec = tree_flatten(primal)
+    if tangent is None:
+        found += [None] * len(leaves)
+    elif spec.is_leaf():
+        if not isinstance(tangent, Tensor):
+            raise TypeError(f"jvp: the tangent of {where} is of type {type(tangent).__name__}; expected a tensor or None")
+        found.append(tangent)
+    else:
+        if isinstance(primal, dict) and isinstance(tangent, dict) and set(tangent) <= set(primal):
+            for key in spec.context if isinstance(spec.context, list) else list(primal):
+                _match(primal[key], tangent.get(key), f"{where}[{key!r}]", found)
+            return
+        if not isinstance(primal, (tuple, list)) or not isinstance(tangent, (tuple, list)) or len(primal) != len(tangent):
+            raise TypeError(
+                f"jvp: tangents do not have the structure of {where}: got {_describe(tangent)}, expected {_describe(primal)}"
+            )
+        for i, (p, t) in enumerate(zip(primal, tangent, strict=True)):
+            _match(p, t, f"{where}[{i}]", found)
+
+
+def _describe(tree: Any) -> str:
+    if isinstance(tree, dict):
+        return f"a dict with keys {list(tree)}"
+    return f"a {type(tree).__name__}" + (f" of length {len(tree)}" if isinstance(tree, (tuple, list)) else "")
+
+
+def _checked_k(flat: list[Any], directions: list[Tensor | None]) -> int:
+    k = 0
+    for i, (p, v) in enumerate(zip(flat, directions, strict=True)):
+        if v is None:
+            continue
+        if not isinstance(p, Tensor) or not (p.is_floating_point() or p.is_complex()):
+            what = p.dtype if isinstance(p, Tensor) else type(p).__name__
+            raise TypeError(f"jvp: primal {i} ({what}) has a tangent, but only floating point and complex tensors can have one")
+        for name, t in (("primal", p), ("tangent", v)):
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None:  # type: ignore[attr-defined]
+                raise RuntimeError(
+                    f"jvp: {name} {i} is a torch.autograd.forward_ad dual tensor, whose own tangent would be lost"
+                )
+        if v.dim() < 1 or v.shape[1:] != p.shape:
+            raise ValueError(f"jvp: tangent {i} has shape {tuple(v.shape)}; expected (k, *{tuple(p.shape)})")
+        if v.dtype != p.dtype or v.device != p.device:
+            raise ValueError(f"jvp: tangent {i} is {v.dtype} on {v.device}, but its primal is {p.dtype} on {p.device}")
+        if v.shape[0] < 1:
+            raise ValueError(f"jvp: tangent {i} has k = {v.shape[0]}; at least 1 tangent is needed")
+        if k and v.shape[0] != k:
+            raise ValueError(f"jvp: tangents disagree in number: tangent {i} has k = {v.shape[0]}, another has k = {k}")
+        k = v.shape[0]
+    if k == 0:
+        raise ValueError("jvp: no primal has a tangent; at least one tensor must be perturbed")
+    return k
+
+
+def _leaf(primal: Any, tangent: Tensor | None, chunk: slice, last: bool) -> Any:
+    if not isinstance(primal, Tensor):
+        return primal
+    value = primal.detach() if last else torch._lazy_clone(primal.detach())  # copied only if written to
+    if tangent is None:
+        return value
+    return DualTensor(value, torch._lazy_clone(tangent.detach()[chunk]))
+
+
+def _split(outs: list[Any], k: int) -> tuple[list[Tensor], list[Tensor]]:
+    values, tangents = [], []
+    for out in outs:
+        if not isinstance(out, Tensor):
+            raise TypeError(f"jvp: fn returned a {type(out).__name__}; expected tensors only")
+        if isinstance(out, DualTensor):
+            values.append(out.primal)
+            tangents.append(out.tangents)
+        else:
+            values.append(out)
+            tangents.append(torch.zeros((k, *out.shape), dtype=out.dtype, device=out.device))
+    return values, tangents
+
+
+@contextmanager
+def _same_random_numbers(flat: list[Any], several: bool) -> Iterator[Callable[[], None]]:
+    if not several:
+        yield lambda: None
+        return
+    devices = {leaf.device.index for leaf in flat if isinstance(leaf, Tensor) and leaf.is_cuda}
+    generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
+    states = [g.get_state() for g in generators]
+
+    def rewind() -> None:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+    yield rewind

@@ -1,0 +1,31 @@
+"""JVP rules, one file per family. Importing this package registers all of them with :mod:`frog_cuda.dual`."""
+
+from . import (
+    arithmetic,
+    convolution,
+    creation,
+    fallback,
+    in_place,
+    linear,
+    losses,
+    matmul,
+    pointwise,
+    reductions,
+    softmax,
+    structural,
+)
+
+__all__ = [
+    "arithmetic",
+    "convolution",
+    "creation",
+    "fallback",
+    "in_place",
+    "linear",
+    "losses",
+    "matmul",
+    "pointwise",
+    "reductions",
+    "softmax",
+    "structural",
+]

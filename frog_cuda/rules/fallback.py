@@ -1,0 +1,180 @@
+"""What no rule knows: decompositions, and PyTorch's own forward mode for one operation at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .helpers import common_k, low_dtype, parts, wrap
+
+# A rule runs with the autograd keys switched off, and so would everything inside torch.func.jvp. These are the dispatch keys of
+# an ordinary call at top level.
+with torch.inference_mode(False):
+    _INCLUDE = torch._C._dispatch_tls_local_include_set()
+    _EXCLUDE = torch._C._dispatch_tls_local_exclude_set()
+
+
+def plan(func: Any) -> Callable[..., Any]:
+    """How to serve an overload that has no rule of its own; asked once per overload."""
+    from . import in_place
+
+    schema = func._schema
+    if any(a.is_out for a in schema.arguments):
+        return _refuse_out
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    first = schema.arguments[0] if schema.arguments else None
+    if schema.name.endswith("_") and first is not None and first.alias_info is not None and first.alias_info.is_write:
+        # A composite such as aten.dropout_ is served by its out-of-place twin, too
+        return in_place.in_place
+    if func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd) and not random:
+        return _decompose
+    return fallback
+
+
+def _decompose(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return func._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+def _refuse_out(func: Any, *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(f"{func}: out= is not supported with a DualTensor; use the result instead")
+
+
+def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Value and tangents of one operation through ``torch.func.jvp``, vectorised over k where PyTorch can.
+
+    Raises:
+        NotImplementedError: PyTorch has no forward-mode rule for the operation.
+    """
+    flat, spec = tree_flatten((args, kwargs))
+    k = common_k(func, *flat)
+    split = [parts(a) for a in flat]
+    low = low_dtype(*flat)
+    slots = [i for i, (_, t) in enumerate(split) if t is not None]
+    values = [p for p, _ in split]
+    spare = _mutated_copies(func, values, spec)  # before the call below writes into them
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    rewind = _Rewind(values) if random else None
+    a, kw = tree_unflatten(values, spec)
+    # Bad arguments raise PyTorch's own error here; the value is exactly the plain operation's, and running statistics
+    # are updated once
+    out = func(*a, **kw)
+    outs, out_spec = tree_flatten(out)
+    wanted = [j for j, o in enumerate(outs) if isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())]
+    if not slots or not wanted:
+        return out
+    primals = tuple(split[i][0] for i in slots)
+    tangents = tuple(_tangent_like(t, p) for p, t in (split[i] for i in slots))
+    connected: set[int] = set()
+
+    def one(*inner: Tensor) -> tuple[Tensor, ...]:
+        again = list(values)
+        for i, copy in spare.items():
+            again[i] = copy.clone()
+        for i, p in zip(slots, inner, strict=True):
+            again[i] = p
+        a, kw = tree_unflatten(again, spec)
+        results = tree_flatten(func(*a, **kw))[0]
+        results = [results[j] for j in wanted]
+        connected.update(j for j, r in zip(wanted, results, strict=True) if forward_ad.unpack_dual(r).tangent is not None)
+        return tuple(results)
+
+    with _top_level():
+        d_outs = _push(func, one, primals, tangents, k, rewind)
+    if not connected and func.namespace not in ("aten", "prims"):
+        # PyTorch hands back zeros for an operator that has no derivative registered at all
+        raise NotImplementedError(f"{func}: no forward-mode derivative is registered; PyTorch would take its tangents as zero")
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    for j, d in zip(wanted, d_outs, strict=True):
+        if j in connected:
+            # in the layout of other tangents, k outermost
+            outs[j] = wrap(outs[j], d.contiguous(), low)
+            if is_view:
+                outs[j]._readonly = f"a view made by {func}, whose tangents are a copy"
+    return tree_unflatten(outs, out_spec)
+
+
+def _push(
+    func: Any,
+    one: Callable[..., Any],
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor, ...],
+    k: int,
+    rewind: _Rewind | None,
+) -> tuple[Tensor, ...]:
+    """Tangents of the outputs, each (k, *shape)."""
+
+    def jvp(*t: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.jvp(one, primals, t)[1]
+
+    # as_strided must see each tangent with the memory layout of the primal, which a batched tangent does not have
+    if rewind is None and "as_strided" not in func._schema.name:
+        try:
+            return torch.func.vmap(jvp)(*tangents)
+        except (RuntimeError, ValueError, NotImplementedError, IndexError):
+            pass  # not vectorisable; if there is no derivative at all, the loop says so
+    try:
+        rows = []
+        for i in range(k):
+            with rewind or nullcontext():
+                rows.append(jvp(*(t[i] for t in tangents)))
+    except (RuntimeError, NotImplementedError) as error:
+        raise NotImplementedError(f"{func}: no rule for DualTensor, and PyTorch's forward mode fails: {error}") from error
+    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def _tangent_like(tangents: Tensor, primal: Tensor) -> Tensor:
+    if tangents.dtype != primal.dtype:
+        tangents = tangents.to(primal.dtype)
+    if tangents.is_inference():
+        tangents = tangents.clone()
+    return tangents
+
+
+def _mutated_copies(func: Any, values: list[Any], spec: Any) -> dict[int, Tensor]:
+    """Copies of the arguments that the operation writes into, such as running statistics, by position in ``values``."""
+    arguments = func._schema.arguments
+    if not func._schema.is_mutable:
+        return {}
+    args, kwargs = tree_unflatten(list(range(len(values))), spec)
+    copies = {}
+    for i, argument in enumerate(arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        at = args[i] if i < len(args) else kwargs.get(argument.name)
+        if isinstance(at, int) and isinstance(values[at], Tensor):
+            copies[at] = values[at].clone()
+    return copies
+
+
+@contextmanager
+def _top_level() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad(), torch._C._ForceDispatchKeyGuard(_INCLUDE, _EXCLUDE):
+        yield
+
+
+class _Rewind:
+    """Replays the random numbers of one operation: inside the context the generators stand where they stood at creation."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.generators = [v for v in values if isinstance(v, torch.Generator)]
+        if not self.generators:
+            self.generators = [torch.default_generator]
+            devices = {v.device for v in values if isinstance(v, Tensor) and v.is_cuda}
+            self.generators += [torch.cuda.default_generators[d.index] for d in devices]
+        self.states = [g.get_state() for g in self.generators]
+
+    def __enter__(self) -> None:
+        self.later = [g.get_state() for g in self.generators]
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_state(state)
+
+    def __exit__(self, *_: object) -> None:
+        for generator, state in zip(self.generators, self.later, strict=True):
+            generator.set_state(state)

@@ -1,0 +1,109 @@
+"""F.linear through the fused operator: any mix of plain, stored, sampled and pending tangents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..dual import DualTensor, SampledTangents, _k_mismatch, _make, aten, rule
+from .helpers import FUSED_DTYPES
+
+# Rules run below autograd on plain tensors, so the guards of the public face have nothing to find here.
+_linear_jvp = torch.ops.frog_cuda.linear_jvp.default
+_DISTRIBUTIONS = ops.DISTRIBUTIONS
+_IDENTITY = ops.POINTWISE["identity"]
+
+
+@rule(F.linear)
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    k = 0
+    x, dx, activity = input, None, None
+    if type(input) is DualTensor:
+        k = input.k
+        x, dx, activity = input._primal, input._tangents, input._activity
+        if input.sampled is not None:
+            dx = input.tangents
+    w, dw, sampled = weight, None, None
+    if type(weight) is DualTensor:
+        if weight.k != k:
+            if k:
+                raise _k_mismatch("linear", k, weight.k)
+            k = weight.k
+        w, sampled = weight._primal, weight.sampled
+        if sampled is None:
+            dw = weight._tangents if weight._activity is None else weight.tangents
+    b, db, b_sampled = bias, None, None
+    if type(bias) is DualTensor:
+        if bias.k != k:
+            if k:
+                raise _k_mismatch("linear", k, bias.k)
+            k = bias.k
+        b, b_sampled = bias._primal, bias.sampled
+        if b_sampled is None:
+            db = bias._tangents if bias._activity is None else bias.tangents
+    if x.dtype is not w.dtype or x.dtype not in FUSED_DTYPES or w.dim() != 2 or x.dim() == 0:
+        return NotImplemented
+    if activity is not None:
+        # A tangent shared over rows goes through the layer as one row and is added to the product of the others
+        if 2 <= activity.dim() < x.dim() + 1:
+            activity = torch.matmul(activity, w.t().to(activity.dtype))
+        else:
+            dx, activity = input.tangents, None
+    # A single draw serves both parameters where they come from the same set of tangents
+    source = sampled if sampled is not None else b_sampled
+    if source is None:
+        if dx is None and dw is None and db is None and activity is None:
+            return F.linear(x, w, b)
+        y, dy, _ = _linear_jvp(x, dx, w, b, dw, db, activity, None, k, 0, 0, None, None, _IDENTITY, 0.0, 0.0, False)
+        return _make(y, dy, k)
+    if b_sampled is not None and b_sampled is not source and not _same_set(source, b_sampled):
+        db, b_sampled = bias.tangents, None
+    w_offset = None if sampled is None else sampled.offset
+    b_offset = None if b_sampled is None else b_sampled.offset
+    grams = source.grams
+    # Each offset is counted once: a parameter used a second time, or a bias already counted, asks for nothing
+    want_gram = grams is not None and w_offset not in grams and b_offset not in grams
+    y, dy, gram = _linear_jvp(
+        x,
+        dx,
+        w,
+        b,
+        dw,
+        db,
+        activity,
+        source.state,
+        k,
+        source.first,
+        _DISTRIBUTIONS[source.distribution],
+        w_offset,
+        b_offset,
+        _IDENTITY,
+        0.0,
+        0.0,
+        want_gram,
+    )
+    if want_gram:
+        _record(grams, gram, w_offset, b_offset)
+    return _make(y, dy, k)
+
+
+def _same_set(a: SampledTangents, b: SampledTangents) -> bool:
+    return a.state is b.state and a.first == b.first and a.distribution == b.distribution and a.grams is b.grams
+
+
+def _record(grams: Any, gram: Tensor, weight_offset: int | None, bias_offset: int | None) -> None:
+    if weight_offset is None:
+        grams[bias_offset] = gram
+        return
+    grams[weight_offset] = gram
+    if bias_offset is not None:
+        grams[bias_offset] = torch.zeros_like(gram)
+
+
+@aten(torch.ops.aten.linear.default)
+def aten_linear(func: Any, input: Any, weight: Any, bias: Any = None) -> Any:
+    return linear(input, weight, bias)

@@ -1,0 +1,140 @@
+"""Loss functions through the fused per-sample operators; the other losses decompose or take the fallback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+from ..dual import DualTensor, _make, rule
+from .helpers import FUSED_DTYPES, common_k, parts
+
+_cross_entropy_jvp = torch.ops.frog_cuda.cross_entropy_jvp.default
+_mse_jvp = torch.ops.frog_cuda.mse_jvp.default
+_bce_jvp = torch.ops.frog_cuda.bce_jvp.default
+
+
+def _reduction_name(size_average: Any, reduce: Any, reduction: str) -> str:
+    if size_average is not None or reduce is not None:
+        return _reduction.legacy_get_string(size_average, reduce)
+    return reduction
+
+
+def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str, count: Any = None) -> DualTensor:
+    """loss (*), dloss (k, *) -> the asked reduction; the mean divides by ``count``, which defaults to the number of losses."""
+    if reduction == "none":
+        return _make(loss, dloss, k)
+    value, tangents = loss.sum(), dloss.reshape(k, -1).sum(1)
+    if reduction == "mean":
+        count = loss.numel() if count is None else count
+        value, tangents = value / count, tangents / count
+    return _make(value, tangents, k)
+
+
+@rule(F.cross_entropy)
+def cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    """Class indices for ``(C,)``, ``(N, C)`` and ``(N, C, d1, ..)`` inputs; class probabilities are left to the decomposition."""
+    reduction = _reduction_name(size_average, reduce, reduction)
+    logits, tangents = parts(input)
+    if (
+        tangents is None
+        or type(target) is DualTensor
+        or type(weight) is DualTensor
+        or target.dtype != torch.int64
+        or logits.dtype not in FUSED_DTYPES
+        or logits.dim() == 0
+        or target.shape != logits.shape[:1] * (logits.dim() > 1) + logits.shape[2:]
+        or reduction not in ("none", "mean", "sum")
+    ):
+        return NotImplemented
+    k, shape = input.k, target.shape
+    if logits.dim() == 1:
+        logits, tangents = logits.unsqueeze(0), tangents.unsqueeze(1)
+    elif logits.dim() > 2:
+        classes = logits.shape[1]
+        logits = logits.movedim(1, -1).reshape(-1, classes)
+        tangents = tangents.movedim(2, -1).reshape(k, -1, classes)
+    flat = target.reshape(-1)
+    loss, dloss = _cross_entropy_jvp(logits, tangents, flat, weight, ignore_index, label_smoothing)
+    count = None
+    if reduction == "mean":
+        kept = flat != ignore_index
+        if weight is None:
+            count = kept.sum()
+        else:
+            count = (weight[torch.where(kept, flat, 0)] * kept).sum()
+    return _reduced(loss.view(shape), dloss.view(k, *shape), k, reduction, count)
+
+
+@rule(F.mse_loss)
+def mse_loss(
+    input: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    weight: Any = None,
+) -> Any:
+    reduction = _reduction_name(size_average, reduce, reduction)
+    k = common_k("mse_loss", input, target)
+    x, dx = parts(input)
+    y, dy = parts(target)
+    if (
+        weight is not None
+        or (dx is None and dy is None)
+        or x.shape != y.shape  # PyTorch warns about broadcasting
+        or x.dtype != y.dtype
+        or x.dtype not in FUSED_DTYPES
+        or reduction not in ("none", "mean", "sum")
+    ):
+        return NotImplemented
+    return _reduced(*_mse_jvp(x, dx, y, dy), k, reduction)
+
+
+def _bce(input: Any, target: Any, weight: Any, pos_weight: Any, reduction: str, with_logits: bool) -> Any:
+    value, tangents = parts(input)
+    if (
+        tangents is None
+        or any(type(t) is DualTensor for t in (target, weight, pos_weight))
+        or any(t is not None and t.dtype != value.dtype for t in (target, weight, pos_weight))
+        or target.shape != value.shape
+        or value.dtype not in FUSED_DTYPES
+        or reduction not in ("none", "mean", "sum")
+    ):
+        return NotImplemented
+    return _reduced(*_bce_jvp(value, tangents, target, weight, pos_weight, with_logits), input.k, reduction)
+
+
+@rule(F.binary_cross_entropy)
+def binary_cross_entropy(
+    input: Any, target: Any, weight: Any = None, size_average: Any = None, reduce: Any = None, reduction: str = "mean"
+) -> Any:
+    value = input._primal if type(input) is DualTensor else input
+    if bool(((value < 0) | (value > 1)).any()):
+        return NotImplemented  # PyTorch's own error
+    return _bce(input, target, weight, None, _reduction_name(size_average, reduce, reduction), False)
+
+
+@rule(F.binary_cross_entropy_with_logits)
+def binary_cross_entropy_with_logits(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    pos_weight: Any = None,
+) -> Any:
+    return _bce(input, target, weight, pos_weight, _reduction_name(size_average, reduce, reduction), True)

@@ -1,0 +1,237 @@
+"""Views and rearrangements: the tangents move as the value does, with k as their leading axis.
+
+A view of a DualTensor views its tangents, too, so that an in-place operation on either reaches both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dual import DualTensor, aten
+from .helpers import common_k, full, lift, low_dtype, parts, shift, wrap
+
+_aten = torch.ops.aten
+
+_DIM_NAMES = frozenset({"dim", "dims", "dim0", "dim1", "dim2", "dimension"})
+_SAMPLED_VIEW = "a view of a parameter whose tangents are drawn on the fly"
+
+
+def _view_parts(x: DualTensor) -> tuple[Tensor, Tensor, str | None]:
+    """(value, tangents, readonly) of the base of a view; unlike ``parts`` this stores zero tangents."""
+    if x.sampled is not None:
+        return x._primal, x.tangents, _SAMPLED_VIEW
+    return x._primal, x.tangents, x._readonly
+
+
+def _view(value: Tensor, tangents: Tensor, readonly: str | None, low: torch.dtype | None) -> Tensor:
+    out = wrap(value, tangents, low)
+    if readonly is not None and type(out) is DualTensor:
+        out._readonly = readonly
+    return out
+
+
+@aten(
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten._reshape_alias.default,
+    _aten.squeeze.default,
+    _aten.squeeze.dim,
+    _aten.squeeze.dims,
+    _aten.unsqueeze.default,
+)
+def reshaped(func: Any, x: DualTensor, *args: Any) -> Any:
+    value, tangents, readonly = _view_parts(x)
+    out = func(value, *args)
+    shape = (tangents.shape[0], *out.shape)
+    try:
+        moved = tangents.view(shape)
+    except RuntimeError:  # laid out in another way than the value
+        moved = tangents.reshape(shape)
+        readonly = readonly or "a view whose tangents had to be copied"
+    return _view(out, moved, readonly, low_dtype(x))
+
+
+@aten(_aten.expand.default)
+def expand(func: Any, x: DualTensor, size: Any, *, implicit: bool = False) -> Any:
+    value, tangents, readonly = _view_parts(x)
+    out = func(value, size)
+    return _view(out, lift(tangents, out).expand(x.k, *out.shape), readonly, low_dtype(x))
+
+
+@aten(_aten.t.default)
+def t(func: Any, x: DualTensor) -> Any:
+    value, tangents, readonly = _view_parts(x)
+    return _view(func(value), tangents.transpose(1, 2) if value.dim() == 2 else tangents.alias(), readonly, low_dtype(x))
+
+
+@aten(_aten.alias.default, _aten.lift_fresh.default)
+def alias(func: Any, x: DualTensor) -> Any:
+    value, tangents, readonly = _view_parts(x)
+    return _view(func(value), _aten.alias.default(tangents), readonly, low_dtype(x))
+
+
+def _shifted(func: Any) -> Any:
+    """A rule for an operation that treats axes one by one: the same call on the tangents with every axis moved by one."""
+    arguments = func._schema.arguments
+    axes = [i for i, a in enumerate(arguments) if a.name in _DIM_NAMES]
+    is_view = any(r.alias_info is not None for r in func._schema.returns)
+
+    def body(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(x) is not DualTensor:
+            return NotImplemented
+        value = x._primal
+        n = value.dim()
+        if n == 0:
+            return NotImplemented
+        readonly = None
+        if is_view:
+            value, tangents, readonly = _view_parts(x)
+        else:
+            value, tangents = parts(x)
+        if tangents is None or any(type(a) is DualTensor for a in args):
+            return NotImplemented
+        moved = [tangents, *args]
+        for i in axes:
+            if i >= len(moved) and arguments[i].name in kwargs:
+                continue
+            while len(moved) <= i:
+                moved.append(arguments[len(moved)].default_value)
+            dims = moved[i]
+            moved[i] = [d % n + 1 for d in dims] if isinstance(dims, (list, tuple)) else shift(dims, n)
+        named = {a: (shift(v, n) if a in _DIM_NAMES else v) for a, v in kwargs.items()}
+        outs, d_outs = func(value, *args, **kwargs), func(*moved, **named)
+        low = low_dtype(x)
+        if isinstance(outs, Tensor):
+            return _view(outs, d_outs, readonly, low)
+        return type(outs)(_view(o, d, readonly, low) for o, d in zip(outs, d_outs, strict=True))
+
+    return body
+
+
+for _overload in (
+    _aten.permute.default,
+    _aten.transpose.int,
+    _aten.slice.Tensor,
+    _aten.select.int,
+    _aten.split.Tensor,
+    _aten.split_with_sizes.default,
+    _aten.unbind.int,
+    _aten.diagonal.default,
+    _aten.unfold.default,
+    _aten.flip.default,
+    _aten.cumsum.default,
+    _aten.index_select.default,
+    _aten.tril.default,
+    _aten.triu.default,
+):
+    aten(_overload)(_shifted(_overload))
+
+
+@aten(_aten.clone.default)
+def clone(func: Any, x: Any, *, memory_format: Any = None) -> Any:
+    value, tangents = parts(x)
+    out = func(value, memory_format=memory_format)
+    if tangents is None:
+        return out
+    # channels_last and the like count axes, of which the tangents have one more
+    same = memory_format in (None, torch.contiguous_format, torch.preserve_format)
+    moved = tangents.clone(memory_format=memory_format if same and memory_format is not None else torch.preserve_format)
+    return wrap(out, moved, low_dtype(x))
+
+
+@aten(_aten._to_copy.default)
+def to_copy(func: Any, x: Any, *, dtype: Any = None, memory_format: Any = None, **kwargs: Any) -> Any:
+    value, tangents = parts(x)
+    out = func(value, dtype=dtype, memory_format=memory_format, **kwargs)
+    if tangents is None:
+        return out
+    kwargs.pop("layout", None)
+    low = low_dtype(x)
+    return wrap(out, func(tangents, dtype=out.dtype if low is None else low, **kwargs), low)
+
+
+@aten(_aten.roll.default)
+def roll(func: Any, x: Any, shifts: Any, dims: Any = ()) -> Any:
+    value, tangents = parts(x)
+    if tangents is None or not dims or value.dim() == 0:
+        return NotImplemented
+    return wrap(func(value, shifts, dims), func(tangents, shifts, [shift(d, value.dim()) for d in dims]), low_dtype(x))
+
+
+@aten(_aten.repeat.default)
+def repeat(func: Any, x: Any, repeats: Any) -> Any:
+    value, tangents = parts(x)
+    out = func(value, repeats)
+    return out if tangents is None else wrap(out, func(lift(tangents, out), [1, *repeats]), low_dtype(x))
+
+
+@aten(_aten.constant_pad_nd.default)
+def constant_pad(func: Any, x: Any, pad: Any, value: Any = 0) -> Any:
+    primal, tangents = parts(x)
+    if tangents is None or not any(pad):
+        return NotImplemented
+    return wrap(func(primal, pad, value), func(tangents, pad, 0), low_dtype(x))
+
+
+@aten(_aten.masked_fill.Scalar)
+def masked_fill(func: Any, x: Any, mask: Tensor, value: Any) -> Any:
+    primal, tangents = parts(x)
+    out = func(primal, mask, value)
+    if tangents is None:
+        return out
+    return wrap(out, full(lift(tangents, out), out).masked_fill(mask, 0), low_dtype(x))
+
+
+@aten(_aten.cat.default)
+def cat(func: Any, tensors: Any, dim: int = 0) -> Any:
+    return _joined(func, tensors, dim, tensors[0].dim())
+
+
+@aten(_aten.stack.default)
+def stack(func: Any, tensors: Any, dim: int = 0) -> Any:
+    return _joined(func, tensors, dim, tensors[0].dim() + 1)
+
+
+def _joined(func: Any, tensors: Any, dim: int, ndim: int) -> Any:
+    k = common_k(func, *tensors)
+    split = [parts(x) for x in tensors]
+    out = func([p for p, _ in split], dim)
+    if all(tangents is None for _, tangents in split):
+        return out
+    if any(p.dim() != split[0][0].dim() for p, _ in split):
+        return NotImplemented  # cat skips empty one-dimensional tensors
+    low = low_dtype(*tensors)
+    moved = [p.new_zeros(()).expand(k, *p.shape) if tangents is None else tangents for p, tangents in split]
+    return wrap(out, func([m.to(low or out.dtype) for m in moved], shift(dim, ndim)), low)
+
+
+@aten(_aten.index.Tensor)
+def index(func: Any, x: Any, indices: Any) -> Any:
+    value, tangents = parts(x)
+    used = [i for i, j in enumerate(indices) if j is not None]
+    # Separated index tensors move their axes to the front, before k
+    if tangents is None or not used or used[-1] - used[0] + 1 != len(used):
+        return NotImplemented
+    return wrap(func(value, indices), func(tangents, [None, *indices]), low_dtype(x))
+
+
+@aten(_aten.gather.default)
+def gather(func: Any, x: Any, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+    value, tangents = parts(x)
+    if tangents is None or value.dim() == 0 or index.dim() == 0:
+        return NotImplemented
+    return wrap(
+        func(value, dim, index),
+        func(tangents, shift(dim, value.dim()), index.expand(tangents.shape[0], *index.shape)),
+        low_dtype(x),
+    )
+
+
+@aten(_aten.embedding.default)
+def embedding(func: Any, weight: Any, indices: Tensor, *args: Any, **kwargs: Any) -> Any:
+    value, tangents = parts(weight)
+    out = func(value, indices, *args, **kwargs)
+    return out if tangents is None else wrap(out, tangents[:, indices], low_dtype(weight))

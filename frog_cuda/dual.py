@@ -112,10 +112,10 @@ class DualTensor(torch.Tensor):
             raise TypeError(f"DualTensor: tangents have dtype {tangents.dtype}, but the primal has {primal.dtype}")
         if tangents.device != primal.device:
             raise ValueError(f"DualTensor: tangents are on {tangents.device}, but the primal is on {primal.device}")
-        tangents = tangents.detach()
+        tangents = resolve(tangents.detach())
         if torch._debug_has_internal_overlap(tangents) == 1:  # expanded: could not be written to in place
             tangents = tangents.clone(memory_format=torch.contiguous_format)
-        return _make(primal.detach(), tangents, tangents.shape[0])
+        return _make(resolve(primal.detach()), tangents, tangents.shape[0])
 
     @staticmethod
     def sampled_from(primal: Tensor, sampled: SampledTangents) -> DualTensor:
@@ -128,7 +128,7 @@ class DualTensor(torch.Tensor):
             raise ValueError(f"DualTensor.sampled_from: sampled.k is {sampled.k}; at least 1 tangent is needed")
         if primal.is_complex():
             raise TypeError(f"DualTensor.sampled_from: primal has dtype {primal.dtype}; sampled tangents are real")
-        dual = _make(primal.detach(), None, sampled.k)
+        dual = _make(resolve(primal.detach()), None, sampled.k)
         dual.sampled = sampled
         return dual
 
@@ -224,11 +224,17 @@ class DualTensor(torch.Tensor):
         if body is None:
             body = ATEN_RULES[func] = rules.fallback.plan(func)
         k = 0
+        lazy = False
         for arg in args:
-            if type(arg) is DualTensor and arg.k != k:
-                if k:
-                    raise _k_mismatch(func, k, arg.k)
-                k = arg.k
+            if type(arg) is DualTensor:
+                if arg.k != k:
+                    if k:
+                        raise _k_mismatch(func, k, arg.k)
+                    k = arg.k
+            elif isinstance(arg, Tensor) and (arg.is_conj() or arg.is_neg()):
+                lazy = True
+        if lazy:
+            args = tuple(resolve(a) for a in args)
         out = body(func, *args, **kwargs) if kwargs else body(func, *args)
         if out is NotImplemented:
             out = rules.fallback.fallback(func, *args, **(kwargs or {}))
@@ -252,6 +258,13 @@ def _make(primal: Tensor, tangents: Tensor | None, k: int) -> DualTensor:
     dual._tangents = tangents
     dual.k = k
     return dual
+
+
+def resolve(x: Any) -> Any:
+    """Carries out a pending conjugation or negation of a plain tensor: kernels called from ``__torch_dispatch__`` ignore it."""
+    if isinstance(x, Tensor) and not isinstance(x, DualTensor) and (x.is_conj() or x.is_neg()):
+        return x.resolve_conj().resolve_neg()
+    return x
 
 
 def _check_plain(name: str, tensor: Any) -> None:
@@ -321,8 +334,8 @@ def add_activity(t: Tensor, v: Tensor) -> DualTensor:
             raise _k_mismatch("add_activity", t.k, k)
         if t.sampled is not None or t._tangents is not None or t._activity is not None:
             tangents = t.tangents
-    out = _make(primal.detach(), tangents, k)
-    out._activity = v.detach()
+    out = _make(resolve(primal.detach()), tangents, k)
+    out._activity = resolve(v.detach())
     return out
 
 

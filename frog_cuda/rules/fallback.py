@@ -12,6 +12,7 @@ from torch._C import DispatchKey
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..dual import resolve
 from .helpers import common_k, low_dtype, parts, wrap
 
 # A rule runs with the autograd keys switched off, and so would everything inside torch.func.jvp. These are the dispatch keys of
@@ -33,7 +34,8 @@ def plan(func: Any) -> Callable[..., Any]:
     if schema.name.endswith("_") and first is not None and first.alias_info is not None and first.alias_info.is_write:
         # A composite such as aten.dropout_ is served by its out-of-place twin, too
         return in_place.in_place
-    if func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd) and not random:
+    # The compiled kernel is asked for by name: func.has_kernel_for_dispatch_key also counts decompositions written in Python
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd") and not random:
         return _decompose
     return fallback
 
@@ -53,6 +55,7 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
         NotImplementedError: PyTorch has no forward-mode rule for the operation.
     """
     flat, spec = tree_flatten((args, kwargs))
+    flat = [resolve(a) for a in flat]
     k = common_k(func, *flat)
     split = [parts(a) for a in flat]
     low = low_dtype(*flat)

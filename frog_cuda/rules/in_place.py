@@ -86,20 +86,35 @@ def detach_(func: Any, target: Any) -> Any:
     return target._write(target._primal.clone(), None, func)
 
 
+_SWAPS = (_aten.transpose_.default, _aten.swapaxes_.default, _aten.swapdims_.default)
+
+
 @aten(
     _aten.t_.default,
-    _aten.transpose_.default,
+    *_SWAPS,
     _aten.squeeze_.default,
     _aten.squeeze_.dim,
     _aten.squeeze_.dims,
     _aten.unsqueeze_.default,
+)
+def reshape_(func: Any, target: Any, *args: Any) -> Any:
+    """The view that the out-of-place twin makes, put into the same Python object."""
+    if type(target) is not DualTensor:
+        return NotImplemented
+    moved = _aten.transpose.int(target, *args) if func in _SWAPS else _out_of_place(func)(target, *args)
+    with torch._C._DisableTorchDispatch():
+        func(target, *args)  # shape and strides of the wrapper, which has no memory
+    target._primal, target._tangents, target._readonly = moved._primal, moved._tangents, moved._readonly
+    target.sampled = None
+    return target
+
+
+@aten(
     _aten.as_strided_.default,
-    _aten.swapaxes_.default,
-    _aten.swapdims_.default,
     _aten.resize_.default,
     _aten.resize_as_.default,
     _aten.set_.source_Tensor,
     _aten.set_.default,
 )
 def refuse(func: Any, *args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError(f"{func}: changing shape or storage in place is not supported with a DualTensor")
+    raise NotImplementedError(f"{func}: changing the storage of a DualTensor in place is not supported")

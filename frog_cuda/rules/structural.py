@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dual import DualTensor, aten
+from ..dual import DualTensor, aten, resolve
 from .helpers import common_k, full, lift, low_dtype, parts, shift, wrap
 
 _aten = torch.ops.aten
@@ -64,7 +64,22 @@ def expand(func: Any, x: DualTensor, size: Any, *, implicit: bool = False) -> An
 @aten(_aten.t.default)
 def t(func: Any, x: DualTensor) -> Any:
     value, tangents, readonly = _view_parts(x)
-    return _view(func(value), tangents.transpose(1, 2) if value.dim() == 2 else tangents.alias(), readonly, low_dtype(x))
+    return _view(func(value), tangents.transpose(1, 2) if value.dim() == 2 else _aten.alias.default(tangents), readonly, low_dtype(x))
+
+
+@aten(_aten.permute.default)
+def permute(func: Any, x: DualTensor, dims: Any) -> Any:
+    value, tangents, readonly = _view_parts(x)
+    moved = func(tangents, [0, *(d % value.dim() + 1 for d in dims)])
+    return _view(func(value, dims), moved, readonly, low_dtype(x))
+
+
+@aten(_aten._conj.default, _aten._neg_view.default)
+def lazy(func: Any, x: DualTensor) -> Any:
+    """Conjugates or negates at once, because kernels called from ``__torch_dispatch__`` ignore a pending one."""
+    out = _aten.conj_physical.default(x) if func is _aten._conj.default else _aten.neg.default(x)
+    out._readonly = f"a view made by {func}, whose values are a copy"
+    return out
 
 
 @aten(_aten.alias.default, _aten.lift_fresh.default)
@@ -112,7 +127,6 @@ def _shifted(func: Any) -> Any:
 
 
 for _overload in (
-    _aten.permute.default,
     _aten.transpose.int,
     _aten.slice.Tensor,
     _aten.select.int,
@@ -197,7 +211,7 @@ def stack(func: Any, tensors: Any, dim: int = 0) -> Any:
 
 def _joined(func: Any, tensors: Any, dim: int, ndim: int) -> Any:
     k = common_k(func, *tensors)
-    split = [parts(x) for x in tensors]
+    split = [parts(resolve(x)) for x in tensors]
     out = func([p for p, _ in split], dim)
     if all(tangents is None for _, tangents in split):
         return out

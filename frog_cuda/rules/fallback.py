@@ -119,7 +119,8 @@ def _push(
     # as_strided must see each tangent with the memory layout of the primal, which a batched tangent does not have
     if rewind is None and "as_strided" not in func._schema.name:
         try:
-            return torch.func.vmap(jvp)(*tangents)
+            with _no_slow_vmap():
+                return torch.func.vmap(jvp)(*tangents)
         except (RuntimeError, ValueError, NotImplementedError, IndexError):
             pass  # not vectorisable; if there is no derivative at all, the loop says so
     try:
@@ -160,6 +161,17 @@ def _mutated_copies(func: Any, values: list[Any], spec: Any) -> dict[int, Tensor
 def _top_level() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), torch._C._ForceDispatchKeyGuard(_INCLUDE, _EXCLUDE):
         yield
+
+
+@contextmanager
+def _no_slow_vmap() -> Iterator[None]:
+    """vmap's own loop for operations without a batching rule warns on every call; ours does not and is no slower."""
+    before = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(before)
 
 
 class _Rewind:

@@ -64,7 +64,9 @@ def expand(func: Any, x: DualTensor, size: Any, *, implicit: bool = False) -> An
 @aten(_aten.t.default)
 def t(func: Any, x: DualTensor) -> Any:
     value, tangents, readonly = _view_parts(x)
-    return _view(func(value), tangents.transpose(1, 2) if value.dim() == 2 else _aten.alias.default(tangents), readonly, low_dtype(x))
+    return _view(
+        func(value), tangents.transpose(1, 2) if value.dim() == 2 else _aten.alias.default(tangents), readonly, low_dtype(x)
+    )
 
 
 @aten(_aten.permute.default)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from against_func import check, draw, dual
+
+from frog_cuda.dual import DualTensor
+
+MOVES = {
+    "view": lambda x: x.contiguous().view(-1, 11).view(3, -1),
+    "reshape": lambda x: x.reshape(-1) * 2,
+    "flatten": lambda x: x.unsqueeze(0).flatten(1),
+    "unflatten": lambda x: x.unflatten(1, (3, 11)),
+    "transpose": lambda x: x.t() + x.transpose(0, 1) + x.transpose(-1, -2) + x.T + x.mT,
+    "permute": lambda x: x[None].permute(2, 0, 1) + x[None].permute(-1, 0, -2),
+    "movedim": lambda x: x[None].movedim(0, -1),
+    "expand": lambda x: x[:, None].expand(-1, 4, -1) * x.expand(2, -1, -1)[:1].sum(),
+    "broadcast_to": lambda x: x[:1].broadcast_to(5, 33),
+    "slices": lambda x: x[1:5, ::2] * x[-4:, 1:18:1],
+    "selects": lambda x: x[0] * x[-1] + x[2, 3] + x.select(1, -1).sum(),
+    "narrow": lambda x: x.narrow(1, 3, 4),
+    "index": lambda x: x[torch.tensor([0, 2, 2])] * x[:, torch.tensor([1])][:3],
+    "index pair": lambda x: x[torch.tensor([0, 2]), torch.tensor([1, 5])],
+    "separated indices": lambda x: x.reshape(7, 3, 11)[torch.tensor([0, 2]), :, torch.tensor([1, 5])],
+    "mask": lambda x: x[x > 0].sum() + x[x[:, 0] > 0].sum() + x.masked_fill(x > 0, 2.0).sum(),
+    "none and ellipsis": lambda x: x[None, ..., 0, None],
+    "squeeze": lambda x: x[:1].squeeze() * x[:1].squeeze(0) + x[:1, :1].squeeze((0, 1)),
+    "unsqueeze": lambda x: x.unsqueeze(-1) * x.unsqueeze(1).transpose(1, 2),
+    "split": lambda x: [p * 2 for p in (*x.split(3), *x.split([4, 3]), *x.chunk(2, 1), *x.tensor_split([2, 5]))],
+    "unbind": lambda x: [p * 2 for p in (*x, *x.unbind(1)[:2])],
+    "cat": lambda x: torch.cat([x, torch.ones(2, 33, dtype=x.dtype), x * x]) + torch.cat([x[:1], x[:1]], -1)[0, :33],
+    "cat with empty": lambda x: torch.cat([x[0], torch.empty(0, dtype=x.dtype)]),
+    "stack": lambda x: torch.stack([x, x * x, torch.zeros_like(x)], -1).sum(-1) + torch.stack([x, x])[0],
+    "flip and roll": lambda x: x.flip(0, -1) + x.roll(2, 0) + x.roll((1, 2), (0, 1)) + x.roll(3),
+    "repeat": lambda x: x.repeat(2, 1, 1) + x.tile(1, 1),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, 1),
+    "pad": lambda x: F.pad(x, (1, 2), value=3.0) + F.pad(x, (1, 2), mode="reflect"),
+    "gather": lambda x: x.gather(1, torch.tensor([[0, 1], [2, 3]])) * x.take(torch.tensor([0, 5])),
+    "index_select": lambda x: x.index_select(1, torch.tensor([3, 3, 0])),
+    "scatter_add": lambda x: x.scatter_add(0, torch.zeros(2, 33, dtype=torch.int64), x[:2] * 2),
+    "index_add": lambda x: x.index_add(0, torch.tensor([0, 0]), x[:2] * x[:2]),
+    "triangles": lambda x: x.tril() + x.triu(1) + torch.diag_embed(x[:, 0])[:, :1],
+    "diagonal": lambda x: x.diagonal() * x.diagonal(1)[:7] + x.diagonal(-1).sum(),
+    "unfold": lambda x: x.unfold(1, 4, 3),
+    "dtypes": lambda x: x.to(torch.complex128).real + x.double().type(torch.float64),
+    "clone": lambda x: x.clone() + x.clone(memory_format=torch.contiguous_format),
+    "as_strided": lambda x: x.contiguous().as_strided((3, 2), (2, 1), 1),
+    "swap": lambda x: x.swapaxes(0, 1) + x.adjoint(),
+    "meshgrid": lambda x: torch.meshgrid(x[0, :3], x[:2, 0], indexing="ij"),
+    "rot90": lambda x: x.rot90(),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided", "k=1"])
+def test_moves(name, layout):
+    x = {"transposed": draw(33, 7).t(), "strided": draw(14, 66)[::2, ::2]}.get(layout, draw(7, 33))
+    check(MOVES[name], x, k=1 if layout == "k=1" else 3)
+
+
+def test_empty_batch():
+    check(lambda x: x.reshape(0, 3, 11).transpose(1, 2) * 2, draw(0, 33))
+    check(lambda x: torch.cat([x, x])[:, 1:], draw(0, 33))
+
+
+def test_scalar_views():
+    check(lambda x: x.reshape(1).view(()) + x.unsqueeze(0).squeeze() + x.expand(3) + x.t(), draw())
+
+
+def test_embedding_gathers_rows_of_the_tangents():
+    check(lambda w: F.embedding(torch.tensor([[0, 3], [3, 1]]), w), draw(5, 4))
+
+
+def test_a_view_made_of_copied_tangents_refuses_to_be_written():
+    x = DualTensor(draw(4, 6), draw(2, 6, 4).transpose(1, 2))  # tangents laid out in another way than the value
+    view = x.view(24)
+    assert torch.equal(view.tangents, x.tangents.reshape(2, 24))
+    with pytest.raises(RuntimeError, match="in-place operation on a view"):
+        view.add_(1)
+
+
+def test_memory_formats():
+    x = dual(draw(2, 3, 4, 5))
+    y = x.to(memory_format=torch.channels_last)
+    assert y.is_contiguous(memory_format=torch.channels_last) and torch.equal(y.tangents, x.tangents)
+    assert y.contiguous().is_contiguous()

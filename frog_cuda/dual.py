@@ -190,6 +190,9 @@ class DualTensor(torch.Tensor):
         how = "sampled tangents" if self.sampled is not None else "tangents"
         return f"DualTensor({self._primal!r}, k={self.k}, {how})"
 
+    def __format__(self, format_spec: str) -> str:
+        return format(self._primal, format_spec) if format_spec else repr(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> DualTensor:
         copy = _make(self._primal.clone(), None, self.k)
         copy.sampled = self.sampled

@@ -2,6 +2,7 @@
 
 from . import (
     arithmetic,
+    attention,
     convolution,
     creation,
     fallback,
@@ -17,6 +18,7 @@ from . import (
 
 __all__ = [
     "arithmetic",
+    "attention",
     "convolution",
     "creation",
     "fallback",

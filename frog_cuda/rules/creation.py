@@ -120,7 +120,7 @@ def native_dropout(func: Any, input: Any, p: float, train: bool | None) -> Any:
     if tangents is None:
         return out, mask
     scale = 1.0 if train is False or p == 1 else 1.0 / (1.0 - p)
-    return wrap(out, tangents * (mask * scale), low_dtype(input)), mask
+    return wrap(out, tangents * mask * scale, low_dtype(input)), mask
 
 
 @aten(_aten.where.self)

@@ -144,12 +144,12 @@ def _tangent_like(tangents: Tensor, primal: Tensor) -> Tensor:
 def _mutated_copies(func: Any, values: list[Any], spec: Any) -> dict[int, Tensor]:
     """Copies of the arguments that the operation writes into, such as running statistics, by position in ``values``."""
     arguments = func._schema.arguments
-    if not func._schema.is_mutable:
-        return {}
     args, kwargs = tree_unflatten(list(range(len(values))), spec)
     copies = {}
     for i, argument in enumerate(arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
+        # native_batch_norm and its relatives update these although their schemas do not say so
+        declared = argument.alias_info is not None and argument.alias_info.is_write
+        if not declared and argument.name not in ("running_mean", "running_var"):
             continue
         at = args[i] if i < len(args) else kwargs.get(argument.name)
         if isinstance(at, int) and isinstance(values[at], Tensor):

@@ -36,9 +36,13 @@ def _check_target(func: Any, target: Any) -> None:
 def _out_of_place(func: Any) -> Any:
     namespace, name = func._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    if packet is None or func._overloadname not in packet.overloads():
-        raise NotImplementedError(f"{func}: no rule for DualTensor, and no out-of-place twin of this in-place operation")
-    return getattr(packet, func._overloadname)
+    wanted = [str(a.type) for a in func._schema.arguments]
+    # Overloads are paired by their arguments: pow_.Scalar belongs to pow.Tensor_Scalar
+    for overload in packet.overloads() if packet is not None else ():
+        candidate = getattr(packet, overload)
+        if [str(a.type) for a in candidate._schema.arguments] == wanted and not candidate._schema.is_mutable:
+            return candidate
+    raise NotImplementedError(f"{func}: no rule for DualTensor, and no out-of-place twin of this in-place operation")
 
 
 @aten(_aten.copy_.default)

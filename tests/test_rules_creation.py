@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from against_func import check, draw, dual
+from helpers import assert_close64
+
+from frog_cuda.dual import DualTensor, tangents_of
+
+
+def test_control_flow_on_values():
+    def fn(x):
+        if x.sum() > 0 and bool((x > -100).all()):
+            x = x * float(x[0, 0]) + x.tolist()[0][1]
+        for _ in range(int(x.abs().max().item()) % 3 + 1):
+            x = x * 2
+        assert len(x) == 7 and x.size(1) == 33 and x.numel() == 231 and f"{x.sum():.2f}"
+        return x
+
+    check(fn, draw(7, 33).abs())
+
+
+def test_detach_drops_the_tangents_as_in_torch_func():
+    check(lambda x: x * x.detach() + x.data, draw(7, 33))
+    x = dual(draw(3))
+    assert type(x.detach()) is torch.Tensor and x.detach().data_ptr() == x.primal.data_ptr()
+
+
+def test_integer_and_boolean_results_are_plain():
+    x = dual(draw(7, 33))
+    for y in (x > 0, x.argmax(), x.long(), x.to(torch.int32), x.isnan(), x.nonzero(), x.sort(1)[1], x.max(0).indices, x == x):
+        assert type(y) is torch.Tensor
+    assert torch.equal(x.max(0).indices, x.primal.max(0).indices)
+
+
+def test_taking_values_out_is_refused_where_tangents_would_be_lost():
+    x = dual(draw(3))
+    with pytest.raises(RuntimeError, match="tangents would be lost"):
+        x.numpy()
+    with pytest.raises(RuntimeError, match="tangents would be lost"):
+        np.asarray(x)
+    with pytest.raises(RuntimeError, match="nothing is recorded for backward"):
+        x.sum().backward()
+    with pytest.raises(RuntimeError, match="nothing is recorded for backward"):
+        x.requires_grad_()
+    with pytest.raises(RuntimeError, match="nothing is recorded for backward"):
+        x.requires_grad = True
+    with pytest.raises(RuntimeError, match="cannot be replaced"):
+        x.data = torch.ones(3)
+
+
+DROPOUTS = {
+    "F.dropout": lambda x: F.dropout(x, 0.4),
+    "torch.dropout": lambda x: torch.dropout(x, 0.4, True),
+    "in place": lambda x: F.dropout(x * 1, 0.4, inplace=True),
+    "all": lambda x: F.dropout(x, 1.0),
+    "none": lambda x: F.dropout(x, 0.0),
+    "evaluation": lambda x: F.dropout(x, 0.4, training=False),
+    "native": lambda x: torch.native_dropout(x, 0.4, True)[0],
+    "alpha": lambda x: F.alpha_dropout(x, 0.4, training=True),
+    "channels": lambda x: F.dropout2d(x[None, ..., None], 0.4),
+    "module": lambda x: torch.nn.Dropout(0.3)(x),
+}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropout_draws_one_mask_and_pytorchs(name):
+    fn = DROPOUTS[name]
+    x = draw(7, 33)
+    out = check(fn, x)  # reseeded before each: the same mask as plain PyTorch
+    torch.manual_seed(7)
+    assert_close64(out.primal if isinstance(out, DualTensor) else out, fn(x))
+
+
+def test_random_slopes_are_the_same_for_value_and_tangents():
+    x = draw(7, 33)
+    check(lambda x: F.rrelu(x, training=True), x)
+    before = torch.get_rng_state()
+    F.rrelu(dual(x), training=True)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    F.rrelu(x, training=True)
+    assert torch.equal(after, torch.get_rng_state())  # as many numbers are consumed as by the plain operation
+
+
+def test_random_numbers_without_differentiable_input_are_plain():
+    x = dual(draw(7, 33))
+    for y in (torch.rand_like(x), torch.randn_like(x), torch.randint_like(x, 5), torch.bernoulli(x.sigmoid())):
+        assert type(y) is torch.Tensor
+    y = x * 1
+    assert_close64(y.normal_().tangents, torch.zeros(3, 7, 33, dtype=torch.float64))
+    check(lambda x: torch.normal(x, 0.1), draw(7, 33))
+    check(lambda x: x * torch.rand_like(x), draw(7, 33))
+
+
+def test_constant_buffers_have_zero_tangents():
+    x = dual(draw(7, 33))
+    for y in (torch.zeros_like(x), x.new_ones(3), torch.full_like(x, 2.0)):
+        assert torch.count_nonzero(y.tangents) == 0
+    assert tangents_of(torch.zeros_like(x, dtype=torch.int64)) is None
+    check(lambda x: torch.ones_like(x) * 3 + x.new_full((33,), 2.0) + x.new_tensor([1.0]), draw(7, 33))

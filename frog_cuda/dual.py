@@ -82,8 +82,8 @@ class DualTensor(torch.Tensor):
 
     Arguments:
         primal: any shape, floating point or complex; detached.
-        tangents: ``(k, *primal.shape)``, k >= 1; the primal's dtype, or for a floating primal any other floating dtype (bfloat16
-            tangents of a float32 primal halve their memory). Used as they are, so an in-place operation writes into them.
+        tangents: ``(k, *primal.shape)``, k >= 1; the primal's dtype, or for a floating primal any other floating dtype
+            (bfloat16 tangents of a float32 primal halve their memory). Used as they are, so an in-place operation writes into them.
     Raises:
         TypeError: an argument is no plain tensor, or its dtype is not accepted.
         ValueError: shape or device do not fit.
@@ -343,4 +343,4 @@ def add_activity(t: Tensor, v: Tensor) -> DualTensor:
 
 
 # The rules register themselves with the tables above and need the names of this module, hence the place.
-from . import rules
+from . import rules  # noqa: E402

@@ -26,15 +26,16 @@ def jvp(fn: Callable[..., Any], primals: Any, tangents: Any, *, chunk_size: int 
     Arguments:
         fn: takes ``*primals``; returns a pytree of tensors.
         primals: tuple or list of pytrees of tensors (other leaves are passed on).
-        tangents: like ``primals``, each tensor ``(k, *shape)`` of its primal, same dtype and device, the same k throughout. None
-            in place of a tensor or of a whole subtree: not perturbed.
-        chunk_size: at most so many tangents at a time, to bound the memory; ``fn`` then runs ``ceil(k / chunk_size)`` times, each
-            time with the same random numbers.
+        tangents: like ``primals``, each tensor ``(k, *shape)`` of its primal, same dtype and device, the same k throughout.
+            None in place of a tensor or of a whole subtree: not perturbed.
+        chunk_size: at most so many tangents at a time, to bound the memory; ``fn`` then runs ``ceil(k / chunk_size)`` times,
+            each time with the same random numbers.
     Returns:
         ``(out, out_tangents)``: the value and, for each tensor, its tangents ``(k, *shape)``; zeros where an output does not
         depend on what is perturbed, as in ``torch.func.jvp``. Nothing is recorded for backward.
     Raises:
-        TypeError: structures differ, a tangent of a tensor that is not floating point, ``fn`` returns something else than tensors.
+        TypeError: structures differ, a tangent of a tensor that is not floating point, ``fn`` returns something else than
+            tensors.
         ValueError: shape, dtype, device or k do not fit; no tangents at all; chunk_size < 1.
         NotImplementedError: PyTorch has no forward-mode rule for an operation in ``fn``; it is named.
     """

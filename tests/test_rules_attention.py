@@ -8,9 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.tensor([0.5, -1, 0, 0, 2]).double()}, {"dropout_p": 0.3}],
+    "options",
+    [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.arange(5.0).double()}, {"dropout_p": 0.3}],
     ids=["plain", "causal", "scale", "mask", "dropout"],
-)  # fmt: skip
+)
 def test_attention(options):
     q, k, v = draw(2, 2, 3, 4), draw(2, 2, 5, 4, seed=2), draw(2, 2, 5, 7, seed=3)
     with sdpa_kernel(SDPBackend.MATH):  # the only backend with a forward mode

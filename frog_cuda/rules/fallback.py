@@ -133,7 +133,8 @@ def _push(
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
-def _tangent_like(tangents: Tensor, primal: Tensor) -> Tensor:
+def _tangent_like(tangents: Tensor | None, primal: Tensor) -> Tensor:
+    assert tangents is not None
     if tangents.dtype != primal.dtype:
         tangents = tangents.to(primal.dtype)
     if tangents.is_inference():
@@ -166,12 +167,13 @@ def _top_level() -> Iterator[None]:
 @contextmanager
 def _no_slow_vmap() -> Iterator[None]:
     """vmap's own loop for operations without a batching rule warns on every call; ours does not and is no slower."""
-    before = torch._C._functorch._is_vmap_fallback_enabled()
-    torch._C._functorch._set_vmap_fallback_enabled(False)
+    functorch: Any = torch._C._functorch
+    before = functorch._is_vmap_fallback_enabled()
+    functorch._set_vmap_fallback_enabled(False)
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_enabled(before)
+        functorch._set_vmap_fallback_enabled(before)
 
 
 class _Rewind:

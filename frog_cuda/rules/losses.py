@@ -45,7 +45,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """Class indices for ``(C,)``, ``(N, C)`` and ``(N, C, d1, ..)`` inputs; class probabilities are left to the decomposition."""
+    """Class indices for ``(C,)``, ``(N, C)`` and ``(N, C, d1, ..)`` inputs; probabilities are left to the decomposition."""
     reduction = _reduction_name(size_average, reduce, reduction)
     logits, tangents = parts(input)
     if (
@@ -100,7 +100,8 @@ def mse_loss(
         or reduction not in ("none", "mean", "sum")
     ):
         return NotImplemented
-    return _reduced(*_mse_jvp(x, dx, y, dy), k, reduction)
+    loss, dloss = _mse_jvp(x, dx, y, dy)
+    return _reduced(loss, dloss, k, reduction)
 
 
 def _bce(input: Any, target: Any, weight: Any, pos_weight: Any, reduction: str, with_logits: bool) -> Any:
@@ -114,7 +115,8 @@ def _bce(input: Any, target: Any, weight: Any, pos_weight: Any, reduction: str, 
         or reduction not in ("none", "mean", "sum")
     ):
         return NotImplemented
-    return _reduced(*_bce_jvp(value, tangents, target, weight, pos_weight, with_logits), input.k, reduction)
+    loss, dloss = _bce_jvp(value, tangents, target, weight, pos_weight, with_logits)
+    return _reduced(loss, dloss, input.k, reduction)
 
 
 @rule(F.binary_cross_entropy)

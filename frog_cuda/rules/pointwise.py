@@ -37,40 +37,50 @@ def _register(
     in_place: list[Callable[..., Any]],
     overload: Any,
     inplace_argument: bool = False,
-    defaults: tuple[float, ...] = (),
-    names: tuple[str, ...] = (),
 ) -> None:
-    """One activation under all its Python and aten names; ``defaults`` and ``names`` are those of its parameters."""
+    """An activation without parameters under all its Python and aten names."""
     code = _CODES[name]
-    if not defaults:
 
-        def call(x: Any) -> Any:
-            return apply(x, code)
+    def call(x: Any) -> Any:
+        return apply(x, code)
 
-        def layer(input: Any, inplace: bool = False) -> Any:
-            return apply(input, code, inplace=inplace)
+    def layer(input: Any, inplace: bool = False) -> Any:
+        return apply(input, code, inplace=inplace)
 
-        def call_(x: Any) -> Any:
-            return apply(x, code, inplace=True)
-    else:
+    rule(*functions)(layer if inplace_argument else call)
+    rule(*in_place)(lambda x: apply(x, code, inplace=True))
+    aten(overload)(lambda func, x: apply(x, code))
 
-        def call(x: Any, *args: Any, **kwargs: Any) -> Any:
-            return apply(x, code, *_values(args, kwargs))
 
-        def layer(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> Any:
-            if len(args) > len(defaults):
-                *args, inplace = args  # type: ignore[assignment]
-            return apply(input, code, *_values(tuple(args), kwargs), inplace=inplace)
+def _register_with(
+    name: str,
+    parameters: dict[str, float],
+    functions: list[Callable[..., Any]],
+    in_place: list[Callable[..., Any]],
+    overload: Any,
+    inplace_argument: bool = False,
+) -> None:
+    """An activation with one or two parameters, given as {name: default} in the order of the layer's signature."""
+    code, names, defaults = _CODES[name], list(parameters), list(parameters.values())
 
-        def call_(x: Any, *args: Any, **kwargs: Any) -> Any:
-            return apply(x, code, *_values(args, kwargs), inplace=True)
+    def values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
+        given = [*args, *defaults[len(args) :]]
+        pair = [float(kwargs.get(n, v)) for n, v in zip(names, given, strict=True)]
+        return pair[0], pair[1] if len(pair) > 1 else 0.0
 
-    def _values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float]:
-        values = [*args, *defaults[len(args) :]]
-        for at, parameter in enumerate(names):
-            values[at] = kwargs.get(parameter, values[at])
-        pair = [float(v) for v in values]
-        return pair + [0.0] * (2 - len(pair))
+    def call(x: Any, *args: Any, **kwargs: Any) -> Any:
+        alpha, beta = values(args, kwargs)
+        return apply(x, code, alpha, beta)
+
+    def layer(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> Any:
+        if len(args) > len(defaults):
+            args, inplace = args[:-1], args[-1]
+        alpha, beta = values(args, kwargs)
+        return apply(input, code, alpha, beta, inplace)
+
+    def call_(x: Any, *args: Any, **kwargs: Any) -> Any:
+        alpha, beta = values(args, kwargs)
+        return apply(x, code, alpha, beta, True)
 
     rule(*functions)(layer if inplace_argument else call)
     rule(*in_place)(call_)
@@ -81,15 +91,15 @@ def _both(name: str) -> list[Any]:
     return [getattr(torch, name), getattr(torch.Tensor, name)]
 
 
-_register("tanh", _both("tanh"), _both("tanh_")[1:] + [torch.tanh_], _aten.tanh.default)
+_register("tanh", _both("tanh"), [torch.Tensor.tanh_, torch.tanh_], _aten.tanh.default)
 _register("sigmoid", _both("sigmoid"), [torch.Tensor.sigmoid_, torch.sigmoid_], _aten.sigmoid.default)
 _register("relu", _both("relu"), [torch.Tensor.relu_, torch.relu_], _aten.relu.default)
 _register("relu", [F.relu], [], _aten.relu.default, inplace_argument=True)
 _register("silu", [F.silu], [], _aten.silu.default, inplace_argument=True)
-_register("softplus", [F.softplus], [], _aten.softplus.default, False, (1.0, 20.0), ("beta", "threshold"))
-_register("elu", [F.elu], [F.elu_], _aten.elu.default, True, (1.0,), ("alpha",))
-_register("leaky_relu", [F.leaky_relu], [F.leaky_relu_], _aten.leaky_relu.default, True, (0.01,), ("negative_slope",))
-_register("hardtanh", [F.hardtanh], [F.hardtanh_], _aten.hardtanh.default, True, (-1.0, 1.0), ("min_val", "max_val"))
+_register_with("softplus", {"beta": 1.0, "threshold": 20.0}, [F.softplus], [], _aten.softplus.default)
+_register_with("elu", {"alpha": 1.0}, [F.elu], [F.elu_], _aten.elu.default, True)
+_register_with("leaky_relu", {"negative_slope": 0.01}, [F.leaky_relu], [F.leaky_relu_], _aten.leaky_relu.default, True)
+_register_with("hardtanh", {"min_val": -1.0, "max_val": 1.0}, [F.hardtanh], [F.hardtanh_], _aten.hardtanh.default, True)
 
 
 @aten(_aten.elu.default)

@@ -28,14 +28,14 @@ def _apply(op: Any, x: Any, dim: int, dtype: torch.dtype | None) -> Any:
 @rule(F.softmax)
 def f_softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
     if dim is None:
-        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)
+        dim = F._get_softmax_dim("softmax", input.dim(), _stacklevel)  # type: ignore[attr-defined]
     return _apply(_SOFTMAX, input, dim, dtype)
 
 
 @rule(F.log_softmax)
 def f_log_softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Any:
     if dim is None:
-        dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+        dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)  # type: ignore[attr-defined]
     return _apply(_LOG_SOFTMAX, input, dim, dtype)
 
 

@@ -103,11 +103,7 @@ def _shifted(func: Any) -> Any:
         n = value.dim()
         if n == 0:
             return NotImplemented
-        readonly = None
-        if is_view:
-            value, tangents, readonly = _view_parts(x)
-        else:
-            value, tangents = parts(x)
+        value, tangents, readonly = _view_parts(x) if is_view else (*parts(x), None)
         if tangents is None or any(type(a) is DualTensor for a in args):
             return NotImplemented
         moved = [tangents, *args]

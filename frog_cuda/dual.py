@@ -83,7 +83,7 @@ class DualTensor(torch.Tensor):
     Arguments:
         primal: any shape, floating point or complex; detached.
         tangents: ``(k, *primal.shape)``, k >= 1; the primal's dtype, or for a floating primal any other floating dtype
-            (bfloat16 tangents of a float32 primal halve their memory). Used as they are, so an in-place operation writes into them.
+            (bfloat16 tangents of a float32 primal halve their memory). Used as they are: in-place operations write into them.
     Raises:
         TypeError: an argument is no plain tensor, or its dtype is not accepted.
         ValueError: shape or device do not fit.
@@ -186,7 +186,7 @@ class DualTensor(torch.Tensor):
         self.sampled = None
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         how = "sampled tangents" if self.sampled is not None else "tangents"
         return f"DualTensor({self._primal!r}, k={self.k}, {how})"
 
@@ -221,7 +221,7 @@ class DualTensor(torch.Tensor):
         with DisableTorchFunctionSubclass(), _AutoDispatchBelowAutograd():
             return func(*args, **(kwargs or {}))
 
-    @classmethod
+    @classmethod  # type: ignore[override]
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         body = ATEN_RULES.get(func)
         if body is None:

@@ -221,8 +221,14 @@ class DualTensor(torch.Tensor):
         with DisableTorchFunctionSubclass(), _AutoDispatchBelowAutograd():
             return func(*args, **(kwargs or {}))
 
-    @classmethod  # type: ignore[override]
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         body = ATEN_RULES.get(func)
         if body is None:
             body = ATEN_RULES[func] = rules.fallback.plan(func)

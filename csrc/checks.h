@@ -1,4 +1,5 @@
-// Argument checks shared by every operator: each error names the operator, the argument, what was given and what is accepted.
+// Argument checks shared by every operator: each error names the operator, the argument, what was given and what is
+// accepted.
 #pragma once
 
 #include <string>
@@ -30,8 +31,8 @@ inline void check_floating(const char* op, const char* name, const Tensor& t) {
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType expected) {
-  STD_TORCH_CHECK(t.scalar_type() == expected, op, ": ", name, " has dtype ", dtype_string(t.scalar_type()), ", expected ",
-                  dtype_string(expected));
+  STD_TORCH_CHECK(t.scalar_type() == expected, op, ": ", name, " has dtype ", dtype_string(t.scalar_type()),
+                  ", expected ", dtype_string(expected));
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& expected) {
@@ -43,7 +44,9 @@ inline void check_cpu(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " is not on the CPU, but another argument is; all must be on one device");
 }
 
-inline void check_k(const char* op, int64_t k) { STD_TORCH_CHECK(k >= 1, op, ": k is ", k, "; at least 1 tangent is needed"); }
+inline void check_k(const char* op, int64_t k) {
+  STD_TORCH_CHECK(k >= 1, op, ": k is ", k, "; at least 1 tangent is needed");
+}
 
 /// Tangents are (k, *primal.shape).
 inline void check_tangents(const char* op, const char* name, const Tensor& tangents, const Tensor& primal) {

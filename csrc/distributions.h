@@ -1,18 +1,20 @@
-// How Philox words become tangent elements. Plain C++ shared by host and device code; the SIMD twins in csrc/cpu/simd follow it
-// operation by operation, so every instruction set and device draws the same bits.
+// How Philox words become tangent elements. Plain C++ shared by host and device code; the SIMD twins in csrc/cpu/simd
+// follow it operation by operation, so every instruction set and device draws the same bits.
 //
 // counter = (call index low, call index high, tangent index, step), key = seed.
 //
-// Normal: one call gives 8 elements, one word per Box-Muller pair. Of a word, bits 8..31 are the radius (midpoints of 2^23 equal
-// cells of (0, 1)), bits 1..15 the angle within the right half-circle, bit 0 the sign of the cosine. Bits 9..15 serve both as
-// low bits of the radius and high bits of the angle; the pair is still equidistributed over 2^16 radii x 2^16 angles, which no
-// moment can tell from a Gaussian pair, and it halves the price of a draw. |element| <= 5.77.
-//   Eight calls make a group of 64 elements: word w of call c holds elements 32 (w / 2) + 16 (c % 2) + 4 (c / 2) + 2 (w % 2) and
-//   the next one. The interleaving is what 512-bit registers produce without a shuffle; a GPU thread with one call writes two
-//   aligned float4.
+// Normal: one call gives 8 elements, one word per Box-Muller pair. Of a word, bits 8..31 are the radius (midpoints of
+// 2^23 equal cells of (0, 1)), bits 1..15 the angle within the right half-circle, bit 0 the sign of the cosine.
+// Bits 9..15 serve both as low bits of the radius and high bits of the angle; the pair is still equidistributed over
+// 2^16 radii x 2^16 angles, which no moment can tell from a Gaussian pair, and it halves the price of a draw. |element|
+// <= 5.77.
+//   Eight calls make a group of 64 elements: word w of call c holds elements 32 (w / 2) + 16 (c % 2) + 4 (c / 2) + 2 (w
+//   % 2) and the next one. The interleaving is what 512-bit registers produce without a shuffle; a GPU thread with one
+//   call writes two aligned float4.
 //
 // Rademacher: one call gives 128 elements, one bit each; a set bit is -1.
-//   Eight calls make a group of 1024 elements: element e is bit e % 32 of word 2 (e / 512) + (e / 32) % 2 of call (e / 64) % 8.
+//   Eight calls make a group of 1024 elements: element e is bit e % 32 of word 2 (e / 512) + (e / 32) % 2 of call (e /
+//   64) % 8.
 #pragma once
 
 #include <cmath>
@@ -28,11 +30,11 @@ constexpr int64_t kNormalGroup = 64;
 constexpr int64_t kRademacherGroup = 1024;
 constexpr int64_t kCallsPerGroup = 8;
 
-// r^2 = -2 ln(u) for u = m 2^(e - 24), m in [1, 2): (23 - e) 2 ln 2 + (2 - m) P(2 - m). The factor (2 - m) keeps it >= 0 and
-// relatively exact as u -> 1. 2 ln 2 is rounded to 19 bits so that its multiples up to 31 are exact. P is a minimax fit, relative
-// error 1.0e-6.
+// r^2 = -2 ln(u) for u = m 2^(e - 24), m in [1, 2): (23 - e) 2 ln 2 + (2 - m) P(2 - m). The factor (2 - m) keeps it >=
+// 0 and relatively exact as u -> 1. 2 ln 2 is rounded to 19 bits so that its multiples up to 31 are exact. P is a
+// minimax fit, relative error 1.0e-6.
 constexpr float kTwoLn2 = 363409.0f / 262144.0f;
-constexpr float kLogP[7] = {1.0000009536743164f,  0.24990837275981903f,   0.08472778648138046f, 0.02344142645597458f,
+constexpr float kLogP[7] = {1.0000009536743164f,   0.24990837275981903f,   0.08472778648138046f, 0.02344142645597458f,
                             0.032671794295310974f, -0.019935235381126404f, 0.015477905049920082f};
 // sin(x pi/2) / x and cos(x pi/2) as polynomials in x^2 on [-1, 1]; minimax fits, errors 9.4e-7 and 4.7e-8.
 constexpr float kSinP[4] = {1.5707948207855225f, -0.645920991897583f, 0.07948765158653259f, -0.004362467210739851f};

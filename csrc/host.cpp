@@ -1,4 +1,5 @@
-// Host-only helpers that are not tensor operators: build facts and Philox as numpy arrays, for tests and for the curious.
+// Host-only helpers that are not tensor operators: build facts and Philox as numpy arrays, for tests and for the
+// curious.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

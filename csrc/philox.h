@@ -1,5 +1,6 @@
-// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3"
-// (SC 2011). Plain C++ shared by host and device code; checked against the known answers published with Random123.
+// Philox4x32-10, the counter-based generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1,
+// 2, 3" (SC 2011). Plain C++ shared by host and device code; checked against the known answers published with
+// Random123.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +27,7 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
-FROG_HD PhiloxKey philox_key(uint64_t seed) {
-  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-}
+FROG_HD PhiloxKey philox_key(uint64_t seed) { return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}; }
 
 FROG_HD PhiloxWords philox4x32_10(PhiloxWords c, PhiloxKey key) {
   for (int round = 0; round < kPhiloxRounds; ++round) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -25,11 +24,9 @@ def load() -> None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise ImportError(
-            f"frog_cuda: {path.name} does not load beside torch {torch.__version__} ({error}); {_FIX}"
-        ) from error
+        raise ImportError(f"frog_cuda: {path.name} does not load beside torch {torch.__version__} ({error}); {_FIX}") from error
     try:
-        from . import _host
+        from . import _host  # type: ignore[attr-defined]
     except ImportError as error:
         raise ImportError(f"frog_cuda: the compiled module _host is missing ({error}); {_FIX}") from error
     if _host.abi() != ABI:

@@ -102,9 +102,7 @@ def sample_tangents(
         return _ops.sample_tangents(state, k, numel, offset, first, code, dtype)
 
 
-def tangent_gram(
-    state: Tensor, k: int, numel: int, *, offset: int = 0, first: int = 0, distribution: str = "normal"
-) -> Tensor:
+def tangent_gram(state: Tensor, k: int, numel: int, *, offset: int = 0, first: int = 0, distribution: str = "normal") -> Tensor:
     """Gram matrix ``V^T V`` of the tangents that :func:`sample_tangents` would draw, without storing them.
 
     Returns:
@@ -161,8 +159,8 @@ def tangent_axpy_(
 def cholesky_project(gram: Tensor, derivatives: Tensor, *, rtol: float = 1e-7) -> tuple[Tensor, Tensor]:
     """Coefficients ``c = G^+ d`` of the orthogonal projection P_U (Flügel et al., section 3.4) by pivoted Cholesky.
 
-    Dependent tangents are dropped: a pivot below ``rtol`` times the largest diagonal entry ends the factorisation, the remaining
-    tangents get coefficient 0, and the projection onto the span stays exact.
+    Dependent tangents are dropped: tangents are scaled to unit length, and once none is farther than ``sqrt(rtol)`` from the
+    span of those taken before, the rest get coefficient 0; the projection onto the span stays exact.
 
     Arguments:
         gram: symmetric positive semi-definite, ``(k, k)`` or batched ``(b, k, k)``.
@@ -201,10 +199,11 @@ def linear_jvp(
         x: ``(*, in)``.  dx: ``(k, *, in)`` or None where nothing upstream is perturbed.
         weight: ``(out, in)``.  bias: ``(out,)`` or None.
         dweight, dbias: supplied tangents ``(k, out, in)``, ``(k, out)``.
-        activity: an activity tangent added before the activation, ``(k, *s, out)`` with ``s`` a suffix of ``*`` (empty: shared by
-            every row).
-        state, weight_offset, bias_offset, first, distribution: sampled tangents of weight and bias, as in :func:`sample_tangents`;
-            they are drawn block by block in cache and never stored. An offset of None means: that parameter is not sampled.
+        activity: an activity tangent added before the activation, ``(k, *s, out)`` with ``s`` a suffix of ``*`` (empty: shared
+            by every row).
+        state, weight_offset, bias_offset, first, distribution: sampled tangents of weight and bias, as in
+            :func:`sample_tangents`; they are drawn block by block in cache and never stored. An offset of None means: that
+            parameter is not sampled.
         activation, alpha, beta: see :data:`POINTWISE`.
         want_gram: also return the Gram matrix of the sampled weight and bias tangents.
     Returns:
@@ -286,9 +285,7 @@ def cross_entropy_jvp(
         return _ops.cross_entropy_jvp(logits, dlogits, target, weight, ignore_index, label_smoothing)
 
 
-def mse_jvp(
-    input: Tensor, dinput: Tensor | None, target: Tensor, dtarget: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def mse_jvp(input: Tensor, dinput: Tensor | None, target: Tensor, dtarget: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Elementwise squared error of same-shaped ``input`` and ``target``; one of dinput and dtarget must be given."""
     _guard("mse_jvp", input, dinput, target, dtarget)
     with _AutoDispatchBelowAutograd():

@@ -1,4 +1,5 @@
-// What every operator that draws tangents on the CPU shares: reading `state`, cutting a range where groups end, low precision.
+// What every operator that draws tangents on the CPU shares: reading `state`, cutting a range where groups end, low
+// precision.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -26,8 +27,8 @@ inline DrawSpec draw_spec(const char* op, const Tensor& state, int64_t k, int64_
                   "; tangent indices must lie in [0, 2^32)");
   const int64_t* values = static_cast<const int64_t*>(state.const_data_ptr());
   if (distribution == kStandardBasis) {
-    STD_TORCH_CHECK(state.size(0) >= first + k, op, ": state holds ", state.size(0), " coordinates, but tangents up to ",
-                    first + k, " are asked for");
+    STD_TORCH_CHECK(state.size(0) >= first + k, op, ": state holds ", state.size(0),
+                    " coordinates, but tangents up to ", first + k, " are asked for");
     return {distribution, 0, 0, first, values};
   }
   STD_TORCH_CHECK(distribution == kNormal || distribution == kRademacher, op, ": distribution is ", distribution,
@@ -52,12 +53,13 @@ void for_each_chunk(int64_t offset, int64_t numel, int64_t k, const Body& body) 
   if (numel == 0) return;
   const int64_t end = offset + numel;
   const int64_t grain = std::max<int64_t>(1, 4 / k);
-  torch::stable::parallel_for(offset / kDrawChunk, (end + kDrawChunk - 1) / kDrawChunk, grain, [&](int64_t a, int64_t b) {
-    for (int64_t chunk = a; chunk < b; ++chunk) {
-      const int64_t start = std::max(offset, chunk * kDrawChunk);
-      body(start, std::min(end, (chunk + 1) * kDrawChunk) - start);
-    }
-  });
+  torch::stable::parallel_for(offset / kDrawChunk, (end + kDrawChunk - 1) / kDrawChunk, grain,
+                              [&](int64_t a, int64_t b) {
+                                for (int64_t chunk = a; chunk < b; ++chunk) {
+                                  const int64_t start = std::max(offset, chunk * kDrawChunk);
+                                  body(start, std::min(end, (chunk + 1) * kDrawChunk) - start);
+                                }
+                              });
 }
 
 /// Calls body(T{}) with the element type of `type`, one of the four floating types.

@@ -6,12 +6,12 @@
 namespace frog {
 namespace {
 
-// Factorises S G S = P L L^T P^T with S = diag(G)^-1/2, so that lengths of tangents play no part in the choice of pivots, then
-// solves for r right-hand sides. a [k, k] is overwritten by L in pivot order. Returns the rank.
+// Factorises S G S = P L L^T P^T with S = diag(G)^-1/2, so that lengths of tangents play no part in the choice of
+// pivots, then solves for r right-hand sides. a [k, k] is overwritten by L in pivot order. Returns the rank.
 //
-// Pivoting (Higham, "Analysis of the Cholesky decomposition of a semi-definite matrix", 1990) takes the tangent farthest from the
-// span of those taken before. When none is farther than sqrt(rtol) of its length, the span is complete: the rest get coefficient 0
-// and the projection is still onto the whole span.
+// Pivoting (Higham, "Analysis of the Cholesky decomposition of a semi-definite matrix", 1990) takes the tangent
+// farthest from the span of those taken before. When none is farther than sqrt(rtol) of its length, the span is
+// complete: the rest get coefficient 0 and the projection is still onto the whole span.
 int64_t project(double* a, int64_t k, double rtol, const double* d, int64_t r, double* c) {
   std::vector<double> scale(k);
   std::vector<int64_t> order(k);
@@ -37,7 +37,8 @@ int64_t project(double* a, int64_t k, double rtol, const double* d, int64_t r, d
     const double pivot = std::sqrt(a[rank * k + rank]);
     a[rank * k + rank] = pivot;
     for (int64_t i = rank + 1; i < k; ++i) a[i * k + rank] /= pivot;
-    for (int64_t i = rank + 1; i < k; ++i) a[rank * k + i] = a[i * k + rank];  // the same column, laid out for the next loop
+    for (int64_t i = rank + 1; i < k; ++i)
+      a[rank * k + i] = a[i * k + rank];  // the same column, laid out for the next loop
     for (int64_t i = rank + 1; i < k; ++i) {
       const double factor = a[i * k + rank];
       const double* column = a + rank * k;
@@ -78,14 +79,14 @@ std::tuple<Tensor, Tensor> cholesky_project(const Tensor& gram, const Tensor& de
                   ": gram has shape ", shape_string(gram), ", expected (k, k) or (b, k, k) with k >= 1");
   STD_TORCH_CHECK(derivatives.dim() == gram.dim() && derivatives.size(-2) == gram.size(-1) &&
                       (gram.dim() == 2 || derivatives.size(0) == gram.size(0)),
-                  op, ": derivatives has shape ", shape_string(derivatives), ", expected (k, r) or (b, k, r) to match gram ",
-                  shape_string(gram));
+                  op, ": derivatives has shape ", shape_string(derivatives),
+                  ", expected (k, r) or (b, k, r) to match gram ", shape_string(gram));
   STD_TORCH_CHECK(rtol >= 0 && rtol < 1, op, ": rtol is ", rtol, ", expected a number in [0, 1)");
   const bool batched = gram.dim() == 3;
   const int64_t b = batched ? gram.size(0) : 1, k = gram.size(-1), r = derivatives.size(-1);
   // a copy: it becomes the factor
-  Tensor work = torch::stable::clone(torch::stable::contiguous(to_dtype(gram, ScalarType::Double)));          // [b, k, k]
-  const Tensor d = torch::stable::contiguous(to_dtype(derivatives, ScalarType::Double));                      // [b, k, r]
+  Tensor work = torch::stable::clone(torch::stable::contiguous(to_dtype(gram, ScalarType::Double)));  // [b, k, k]
+  const Tensor d = torch::stable::contiguous(to_dtype(derivatives, ScalarType::Double));              // [b, k, r]
   double* g = static_cast<double*>(work.mutable_data_ptr());
   for (int64_t i = 0; i < b * k; ++i) {
     const double* row = g + i * k;
@@ -93,7 +94,7 @@ std::tuple<Tensor, Tensor> cholesky_project(const Tensor& gram, const Tensor& de
                     "); expected a positive semi-definite matrix");
     for (int64_t j = 0; j < k; ++j) STD_TORCH_CHECK(std::isfinite(row[j]), op, ": gram holds a NaN or infinite entry");
   }
-  Tensor c = new_tensor(d, shape_of(derivatives), ScalarType::Double);                                   // [b, k, r]
+  Tensor c = new_tensor(d, shape_of(derivatives), ScalarType::Double);  // [b, k, r]
   Tensor rank = new_tensor(d, batched ? std::vector<int64_t>{b} : std::vector<int64_t>{}, ScalarType::Long);  // [b]
   const double* rhs = static_cast<const double*>(d.const_data_ptr());
   double* out = static_cast<double*>(c.mutable_data_ptr());

@@ -1,16 +1,18 @@
-// Drawing tangents, their Gram matrix and their linear combinations; nothing of size k x n is stored unless it is the result.
+// Drawing tangents, their Gram matrix and their linear combinations; nothing of size k x n is stored unless it is the
+// result.
 #include "draw.h"
 
 namespace frog {
 namespace {
 
-// A Gram matrix is summed over at most this many parts, each by one thread, then in order: the bits never depend on the threads.
+// A Gram matrix is summed over at most this many parts, each by one thread, then in order: the bits never depend on the
+// threads.
 constexpr int64_t kGramParts = 64;
 // Bytes of tangents that are drawn at a time for a Gram matrix; stays in the second-level cache.
 constexpr int64_t kGramScratch = 128 * 1024;
 
-Tensor sample_tangents(const Tensor& state, int64_t k, int64_t numel, int64_t offset, int64_t first, int64_t distribution,
-                       ScalarType dtype) {
+Tensor sample_tangents(const Tensor& state, int64_t k, int64_t numel, int64_t offset, int64_t first,
+                       int64_t distribution, ScalarType dtype) {
   const char* op = "sample_tangents";
   const DrawSpec spec = draw_spec(op, state, k, first, distribution);
   check_range(op, numel, offset);
@@ -70,7 +72,8 @@ void drawn_gram(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, d
   }
 }
 
-Tensor tangent_gram(const Tensor& state, int64_t k, int64_t numel, int64_t offset, int64_t first, int64_t distribution) {
+Tensor tangent_gram(const Tensor& state, int64_t k, int64_t numel, int64_t offset, int64_t first,
+                    int64_t distribution) {
   const char* op = "tangent_gram";
   const DrawSpec spec = draw_spec(op, state, k, first, distribution);
   check_range(op, numel, offset);
@@ -164,8 +167,8 @@ Tensor tangent_combine(const Tensor& state, const Tensor& coefficients, int64_t 
   return out;
 }
 
-void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients, double alpha, int64_t offset, int64_t first,
-                   int64_t distribution) {
+void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients, double alpha, int64_t offset,
+                   int64_t first, int64_t distribution) {
   const char* op = "tangent_axpy_";
   check_cpu(op, "self", self);
   check_floating(op, "self", self);

@@ -6,7 +6,8 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #include <immintrin.h>
-// GCC 12 warns about the deliberately undefined operand inside its own intrinsics once they are inlined (GCC bug 105593).
+// GCC 12 warns about the deliberately undefined operand inside its own intrinsics once they are inlined (GCC bug
+// 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 // After every shared header: what follows may use AVX-512 and is in a namespace of its own.

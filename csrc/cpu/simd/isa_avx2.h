@@ -80,7 +80,8 @@ inline void philox_words(const Schedule& s, uint64_t call, uint32_t tangent, __m
 struct NormalGroup {
   uint64_t call;
   void start(const Schedule&, uint64_t group) { call = group * kCallsPerGroup; }
-  // The 64 elements of the group for one tangent, in order: calls 0..3 fill the first half of each run of 16, 4..7 the second.
+  // The 64 elements of the group for one tangent, in order: calls 0..3 fill the first half of each run of 16, 4..7 the
+  // second.
   void draw(const Schedule& s, uint32_t tangent, F32 out[8]) const {
     for (int half = 0; half < 2; ++half) {
       __m256i w01, w23;

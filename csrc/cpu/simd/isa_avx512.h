@@ -27,8 +27,8 @@ inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 constexpr int kTileVectors = 4;  // 6 rows x 4 vectors of accumulators, 4 of x, 1 broadcast: 29 of 32 registers
 
-// r^2 as in distributions.h, in sixteen lanes; getexp and getmant give the exponent and the mantissa in [1, 2) exactly. The word
-// keeps its upper 24 bits in place, so the exponent is 8 larger than in the scalar code.
+// r^2 as in distributions.h, in sixteen lanes; getexp and getmant give the exponent and the mantissa in [1, 2) exactly.
+// The word keeps its upper 24 bits in place, so the exponent is 8 larger than in the scalar code.
 inline void normal_pairs(__m512i word, __m512* first, __m512* second) {
   // (word & ~0xFF) | 0x100
   const __m512i cell = _mm512_ternarylogic_epi32(word, _mm512_set1_epi32(~0xFF), _mm512_set1_epi32(0x100), 0xEA);
@@ -64,8 +64,8 @@ inline void normal_pairs(__m512i word, __m512* first, __m512* second) {
   *second = _mm512_mul_ps(_mm512_mul_ps(radius, x), s);
 }
 
-// Eight Philox calls, one in each 64-bit lane. Only the low half of a lane counts: vpmuludq ignores the high half, so the 64-bit
-// product itself serves as its own low word, and one shift gives the high word.
+// Eight Philox calls, one in each 64-bit lane. Only the low half of a lane counts: vpmuludq ignores the high half, so
+// the 64-bit product itself serves as its own low word, and one shift gives the high word.
 struct PhiloxGroup {
   __m512i c2_1, c3_1, q1;  // after round 1, and the tangent-independent product of round 2
 

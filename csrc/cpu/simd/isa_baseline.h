@@ -30,7 +30,8 @@ struct Lanes {
 };
 using F32 = Lanes<float>;
 using F64 = Lanes<double>;
-// A product and a sum, rounded twice: without FMA hardware std::fma is a slow library call, and no drawn bit depends on this one.
+// A product and a sum, rounded twice: without FMA hardware std::fma is a slow library call, and no drawn bit depends on
+// this one.
 template <class T>
 inline Lanes<T> fma(Lanes<T> a, Lanes<T> b, Lanes<T> c) {
   for (int l = 0; l < Lanes<T>::kWidth; ++l) c.v[l] += a.v[l] * b.v[l];

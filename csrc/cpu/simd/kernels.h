@@ -1,6 +1,7 @@
-// The table of vector kernels. Each instruction set fills one (baseline.cpp, avx2.cpp, avx512.cpp); the machine picks at run time,
-// so a library built on an AVX-512 machine runs on one without. Plain pointers only: no torch type reaches these files, because a
-// function compiled for AVX-512 must never be the copy of an inline function that the linker keeps for everybody.
+// The table of vector kernels. Each instruction set fills one (baseline.cpp, avx2.cpp, avx512.cpp); the machine picks
+// at run time, so a library built on an AVX-512 machine runs on one without. Plain pointers only: no torch type reaches
+// these files, because a function compiled for AVX-512 must never be the copy of an inline function that the linker
+// keeps for everybody.
 #pragma once
 
 #include <cstdint>
@@ -31,12 +32,12 @@ struct SimdKernels {
   void (*gram_f32)(const float* v, int64_t k, int64_t n, int64_t ld, double* gram);
   void (*gram_f64)(const double* v, int64_t k, int64_t n, int64_t ld, double* gram);
 
-  // acc[r * acc_ld + b] += sum_c v[r * v_ld + c] * xt[c * width + b] for r < rows, b < width; width a multiple of the vector length
-  // and at most panel width
-  void (*tile_f32)(const float* xt, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t count, float* acc,
-                   int64_t acc_ld);
-  void (*tile_f64)(const double* xt, int64_t width, const double* v, int64_t v_ld, int64_t rows, int64_t count, double* acc,
-                   int64_t acc_ld);
+  // acc[r * acc_ld + b] += sum_c v[r * v_ld + c] * xt[c * width + b] for r < rows, b < width; width a multiple of the
+  // vector length and at most panel width
+  void (*tile_f32)(const float* xt, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t count,
+                   float* acc, int64_t acc_ld);
+  void (*tile_f64)(const double* xt, int64_t width, const double* v, int64_t v_ld, int64_t rows, int64_t count,
+                   double* acc, int64_t acc_ld);
   int64_t vector_f32, vector_f64;  // elements of a vector register
   int64_t panel_f32, panel_f64;    // widest xt panel the tile kernel takes
 };

@@ -1,5 +1,5 @@
-// The vector kernels, written once over F32 and F64 of the instruction set at hand. Included by baseline.cpp, avx2.cpp and
-// avx512.cpp inside their target pragma; plain loops and no standard-library templates, see kernels.h.
+// The vector kernels, written once over F32 and F64 of the instruction set at hand. Included by baseline.cpp, avx2.cpp
+// and avx512.cpp inside their target pragma; plain loops and no standard-library templates, see kernels.h.
 #pragma once
 
 namespace frog::FROG_ISA {
@@ -15,10 +15,11 @@ struct VectorOf<double> {
   using type = F64;
 };
 
-// ---- drawing --------------------------------------------------------------------------------------------------------------
+// ---- drawing
 
-// Calls visit(i, group_start, from, to, values) for every tangent of every group that [start, start + count) touches; values are
-// the group's elements in order, of which [from, to) are wanted. Tangents are the inner loop: they share part of Philox.
+// Calls visit(i, group_start, from, to, values) for every tangent of every group that [start, start + count) touches;
+// values are the group's elements in order, of which [from, to) are wanted. Tangents are the inner loop: they share
+// part of Philox.
 template <class Visit>
 void for_each_normal_group(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, const Visit& visit) {
   const Schedule schedule(spec.seed, spec.step);
@@ -91,9 +92,10 @@ template <class T>
 void draw(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, T* out, int64_t ld) {
   if (count <= 0) return;
   if (spec.distribution == kNormal) {
-    for_each_normal_group(spec, k, start, count, [=](int64_t i, int64_t at, int64_t from, int64_t to, const F32* values) {
-      store_part(values, from, to, out + i * ld + at);
-    });
+    for_each_normal_group(spec, k, start, count,
+                          [=](int64_t i, int64_t at, int64_t from, int64_t to, const F32* values) {
+                            store_part(values, from, to, out + i * ld + at);
+                          });
   } else if (spec.distribution == kRademacher) {
     for_each_rademacher_group(spec, k, start, count,
                               [=](int64_t i, int64_t at, int64_t from, int64_t to, const uint32_t* bits) {
@@ -108,7 +110,7 @@ void draw(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, T* out,
   }
 }
 
-// ---- linear combinations --------------------------------------------------------------------------------------------------
+// ---- linear combinations
 
 // values[0..64) += c * drawn, in the precision of T
 inline void accumulate(const F32* drawn, float c, float* values) {
@@ -145,15 +147,16 @@ void combine(const DrawSpec& spec, int64_t k, const T* c, int64_t start, int64_t
   }
   T values[kRademacherGroup];  // one group, summed over the tangents before it is written
   if (spec.distribution == kNormal) {
-    for_each_normal_group(spec, k, start, count, [&](int64_t i, int64_t at, int64_t from, int64_t to, const F32* drawn) {
-      if (i == 0) {
-        for (int64_t j = 0; j < kNormalGroup; ++j) values[j] = T(0);
-      }
-      accumulate(drawn, c[i], values);
-      if (i == k - 1) {
-        for (int64_t j = from; j < to; ++j) out[at + j] = values[j];
-      }
-    });
+    for_each_normal_group(spec, k, start, count,
+                          [&](int64_t i, int64_t at, int64_t from, int64_t to, const F32* drawn) {
+                            if (i == 0) {
+                              for (int64_t j = 0; j < kNormalGroup; ++j) values[j] = T(0);
+                            }
+                            accumulate(drawn, c[i], values);
+                            if (i == k - 1) {
+                              for (int64_t j = from; j < to; ++j) out[at + j] = values[j];
+                            }
+                          });
   } else {
     for_each_rademacher_group(spec, k, start, count,
                               [&](int64_t i, int64_t at, int64_t from, int64_t to, const uint32_t* bits) {
@@ -168,7 +171,7 @@ void combine(const DrawSpec& spec, int64_t k, const T* c, int64_t start, int64_t
   }
 }
 
-// ---- Gram -----------------------------------------------------------------------------------------------------------------
+// ---- Gram
 
 // gram[a0 + a][b0 + b] += sum_j v[a0 + a][j] v[b0 + b][j] for a < A, b < B: A x B sums stay in registers.
 template <class T, int A, int B>
@@ -212,7 +215,7 @@ void gram(const T* v, int64_t k, int64_t n, int64_t ld, double* out) {
   }
 }
 
-// ---- the matrix tile ------------------------------------------------------------------------------------------------------
+// ---- the matrix tile
 
 // R rows of v against N vectors of xt; the sums stay in registers over the whole count.
 template <class T, int R, int N>
@@ -236,7 +239,8 @@ void tile_fixed(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t co
 }
 
 template <class T, int N>
-void tile_rows(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc, int64_t acc_ld) {
+void tile_rows(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc,
+               int64_t acc_ld) {
   int64_t r = 0;
   for (; r + 6 <= rows; r += 6) tile_fixed<T, 6, N>(xt, width, v + r * v_ld, v_ld, count, acc + r * acc_ld, acc_ld);
   for (; r + 2 <= rows; r += 2) tile_fixed<T, 2, N>(xt, width, v + r * v_ld, v_ld, count, acc + r * acc_ld, acc_ld);
@@ -260,8 +264,19 @@ void tile(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, in
 #define FROG_STRING_(x) #x
 #define FROG_STRING(x) FROG_STRING_(x)
 const SimdKernels kTable = {
-    FROG_STRING(FROG_ISA), draw<float>, draw<double>, combine<float>, combine<double>, gram<float>, gram<double>, tile<float>,
-    tile<double>, F32::kWidth, F64::kWidth, kTileVectors * F32::kWidth, kTileVectors * F64::kWidth,
+    FROG_STRING(FROG_ISA),
+    draw<float>,
+    draw<double>,
+    combine<float>,
+    combine<double>,
+    gram<float>,
+    gram<double>,
+    tile<float>,
+    tile<double>,
+    F32::kWidth,
+    F64::kWidth,
+    kTileVectors * F32::kWidth,
+    kTileVectors * F64::kWidth,
 };
 
 }  // namespace frog::FROG_ISA

@@ -1,0 +1,331 @@
+// linear_jvp: y = act(x W^T + b) and k tangents dy_i = act'(.) (dx_i W^T + x dW_i^T + db_i + v_i).
+//
+// Incoming tangents fold k into the batch and go through the library's GEMM; where x and dx lie next to each other in
+// memory, primal and tangents are one GEMM. y and dy are allocated next to each other for the next layer's sake.
+//
+// Sampled weight tangents never exist as a whole. Floor per tangent and weight element: one draw and B fused
+// multiply-adds. A thread takes rows of W, draws k tangents of six rows into second-level cache, and multiplies them
+// with x, which is packed once into panels [in, rows of x] so that every vector instruction works on 16 (AVX-512) rows
+// of x.
+#include "draw.h"
+#include "pointwise.h"
+
+namespace frog {
+namespace {
+
+constexpr const char* kOp = "linear_jvp";
+constexpr int64_t kDrawnBytes = 512 * 1024;  // tangents drawn at a time, in second-level cache
+constexpr int64_t kSumsBytes =
+    4 * 1024 * 1024;                // running sums of a tile over all of x; more rows of x are done in batches
+constexpr int64_t kColumns = 128;   // columns of x between two loads of the sums; x panel stays in first-level cache
+constexpr int64_t kGramRun = 2048;  // elements that are summed in T before they enter the double sums
+constexpr int64_t kExactGramElements = 4096;  // below this, tangents can be nearly dependent: products in double
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline void tile(const float* xt, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t count,
+                 float* acc) {
+  simd().tile_f32(xt, width, v, v_ld, rows, count, acc, width);
+}
+inline void tile(const double* xt, int64_t width, const double* v, int64_t v_ld, int64_t rows, int64_t count,
+                 double* acc) {
+  simd().tile_f64(xt, width, v, v_ld, rows, count, acc, width);
+}
+
+// x [rows, in] as panels [in, width]: the last panel is as wide as whole vectors need and padded with zeros.
+template <class T>
+struct Panels {
+  int64_t rows, in, panel, vector;
+  std::vector<T> data;
+
+  Panels(const T* x, int64_t rows_, int64_t in_) : rows(rows_), in(in_) {
+    panel = sizeof(T) == sizeof(float) ? simd().panel_f32 : simd().panel_f64;
+    vector = sizeof(T) == sizeof(float) ? simd().vector_f32 : simd().vector_f64;
+    data.resize(ceil_div(rows, vector) * vector * in);
+    torch::stable::parallel_for(0, count(), 1, [&](int64_t a, int64_t b) {
+      for (int64_t p = a; p < b; ++p) {
+        T* out = data.data() + p * panel * in;
+        const int64_t w = width(p), live = std::min(panel, rows - p * panel);
+        for (int64_t c = 0; c < in; ++c) {
+          for (int64_t j = 0; j < w; ++j) out[c * w + j] = j < live ? x[(p * panel + j) * in + c] : T(0);
+        }
+      }
+    });
+  }
+  int64_t count() const { return ceil_div(rows, panel); }
+  int64_t width(int64_t p) const { return std::min(panel, ceil_div(rows - p * panel, vector) * vector); }
+  const T* at(int64_t p) const { return data.data() + p * panel * in; }
+};
+
+// drawn [k, n] with row stride ld, added to gram [k, k] in runs
+template <class T>
+void add_gram(const T* drawn, int64_t k, int64_t n, int64_t ld, double* partial) {
+  for (int64_t at = 0; at < n; at += kGramRun) gram(drawn + at, k, std::min(kGramRun, n - at), ld, partial);
+}
+
+// dy [k, rows, out] += x dW_i^T (or =, where `fresh`) for sampled dW_i [out, in] starting at `offset`. gram: double [k,
+// k] or null.
+template <class T>
+void add_sampled_weight(const DrawSpec& spec, int64_t k, int64_t offset, const T* x, int64_t rows, int64_t in,
+                        int64_t out, T* dy, bool fresh, double* gram_out) {
+  const Panels<T> panels(x, rows, in);
+  // Independent of the number of threads, so that the Gram's partial sums are.
+  const int64_t task_rows = std::clamp<int64_t>(kTileRows * ceil_div(out, 96), kTileRows, 48);
+  const int64_t tasks = ceil_div(out, task_rows);
+  const int64_t fitting = kDrawnBytes / (k * kTileRows * static_cast<int64_t>(sizeof(T)));
+  const int64_t cols = in <= fitting ? in : std::max<int64_t>(256, fitting / kNormalGroup * kNormalGroup);
+  const int64_t batch = std::max<int64_t>(
+      1, std::min(panels.count(), kSumsBytes / (k * kTileRows * panels.panel * static_cast<int64_t>(sizeof(T)))));
+  std::vector<double> partials(gram_out ? tasks * k * k : 0, 0.0);
+  const bool exact_gram = sizeof(T) == sizeof(float) && in * out <= kExactGramElements;
+
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
+    std::vector<T> drawn(k * kTileRows * cols);
+    std::vector<T> sums(k * batch * kTileRows * panels.panel);  // [k, batch, kTileRows, panel]
+    std::vector<double> drawn_exact(gram_out && exact_gram ? k * kTileRows * in : 0);
+    for (int64_t task = first_task; task < last_task; ++task) {
+      double* partial = gram_out ? partials.data() + task * k * k : nullptr;
+      const int64_t o_end = std::min(out, (task + 1) * task_rows);
+      for (int64_t o = task * task_rows; o < o_end; o += kTileRows) {
+        const int64_t nr = std::min(kTileRows, o_end - o);
+        const int64_t start = offset + o * in;
+        if (partial && exact_gram) {
+          draw(spec, k, start, nr * in, drawn_exact.data(), nr * in);
+          gram(drawn_exact.data(), k, nr * in, nr * in, partial);
+        }
+        for (int64_t p0 = 0; p0 < panels.count(); p0 += batch) {
+          const int64_t p1 = std::min(panels.count(), p0 + batch);
+          std::fill(sums.begin(), sums.end(), T(0));
+          for (int64_t c0 = 0; c0 < in; c0 += cols) {
+            const int64_t n = std::min(cols, in - c0);
+            const int64_t ld = nr * n;  // drawn [k, nr, n]
+            if (n == in) {
+              draw(spec, k, start, nr * in, drawn.data(), ld);
+            } else {
+              for (int64_t r = 0; r < nr; ++r) draw(spec, k, start + r * in + c0, n, drawn.data() + r * n, ld);
+            }
+            if (partial && !exact_gram && p0 == 0) add_gram(drawn.data(), k, ld, ld, partial);
+            for (int64_t p = p0; p < p1; ++p) {
+              const int64_t w = panels.width(p);
+              for (int64_t c = 0; c < n; c += kColumns) {
+                for (int64_t i = 0; i < k; ++i) {
+                  T* acc = sums.data() + (i * batch + p - p0) * kTileRows * panels.panel;
+                  tile(panels.at(p) + (c0 + c) * w, w, drawn.data() + i * ld + c, n, nr, std::min(kColumns, n - c),
+                       acc);
+                }
+              }
+            }
+          }
+          for (int64_t i = 0; i < k; ++i) {
+            for (int64_t p = p0; p < p1; ++p) {
+              const T* acc = sums.data() + (i * batch + p - p0) * kTileRows * panels.panel;
+              const int64_t w = panels.width(p), live = std::min(panels.panel, rows - p * panels.panel);
+              for (int64_t j = 0; j < live; ++j) {
+                T* target = dy + (i * rows + p * panels.panel + j) * out + o;
+                for (int64_t r = 0; r < nr; ++r) target[r] = (fresh ? T(0) : target[r]) + acc[r * w + j];
+              }
+            }
+          }
+        }
+      }
+    }
+  });
+  if (gram_out) {
+    std::vector<double> total(k * k);
+    finish_gram(partials, tasks, k, total.data());
+    for (int64_t j = 0; j < k * k; ++j) gram_out[j] += total[j];
+  }
+}
+
+// A tensor of its own on part of `owner`'s memory, which it keeps alive. Not a view: y and dy must not look like
+// aliases of each other, but the next layer gains when they are neighbours.
+Tensor part_of(const Tensor& owner, int64_t offset, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t j = sizes.size(); j-- > 0;) {
+    strides[j] = stride;
+    stride *= std::max<int64_t>(sizes[j], 1);
+  }
+  char* data = static_cast<char*>(owner.data_ptr()) + offset * static_cast<int64_t>(owner.element_size());
+  return torch::stable::from_blob(data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  owner.scalar_type(), [owner](void*) {});
+}
+
+struct Arguments {
+  Tensor x, weight;  // [rows, in], [out, in]
+  std::optional<Tensor> dx, bias, dweight, dbias,
+      activity;  // [k, rows, in], [out], [k, out, in], [k, out], [k, S, out]
+  std::optional<DrawSpec> spec;
+  std::optional<int64_t> weight_offset, bias_offset;
+  int64_t k, rows, in, out;
+};
+
+// buffer [1 + k, rows, out] receives x W^T + b and its tangents, before the activation.
+template <class T>
+void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
+  const int64_t k = a.k, rows = a.rows, in = a.in, out = a.out;
+  T* y = static_cast<T*>(buffer.mutable_data_ptr());
+  T* dy = y + rows * out;
+  const Tensor wt = torch::stable::transpose(a.weight, 0, 1);  // [in, out]
+  Tensor y_rows = part_of(buffer, 0, {rows, out});
+  Tensor dy_rows = part_of(buffer, rows * out, {k * rows, out});
+  bool fresh = true;  // dy holds nothing yet
+  if (a.dx) {
+    const char* x_end = static_cast<const char*>(a.x.data_ptr()) + rows * in * sizeof(T);
+    if (x_end == a.dx->data_ptr()) {
+      Tensor stacked = part_of(buffer, 0, {(1 + k) * rows, out});
+      // a.dx is not owned by this tensor, but outlives it
+      mm_out(stacked, part_of(a.x, 0, {(1 + k) * rows, in}), wt);
+    } else {
+      mm_out(y_rows, a.x, wt);
+      mm_out(dy_rows, torch::stable::view(*a.dx, {k * rows, in}), wt);
+    }
+    fresh = false;
+  } else {
+    mm_out(y_rows, a.x, wt);
+  }
+  if (a.dweight) {
+    const Tensor x_k = as_strided(a.x, {k, rows, in}, {0, in, 1}, 0);
+    const Tensor product = torch::stable::matmul(x_k, torch::stable::transpose(*a.dweight, 1, 2));  // [k, rows, out]
+    const Tensor dense = torch::stable::contiguous(product);
+    const T* add = static_cast<const T*>(dense.const_data_ptr());
+    torch::stable::parallel_for(0, k * rows * out, 32768, [&](int64_t from, int64_t to) {
+      for (int64_t j = from; j < to; ++j) dy[j] = (fresh ? T(0) : dy[j]) + add[j];
+    });
+    fresh = false;
+  }
+  if (a.weight_offset) {
+    const T* x = static_cast<const T*>(a.x.const_data_ptr());
+    add_sampled_weight<T>(*a.spec, k, *a.weight_offset, x, rows, in, out, dy, fresh, gram_out);
+    fresh = false;
+  }
+  std::vector<T> drawn_bias;  // [k, out]
+  const T* dbias = a.dbias ? static_cast<const T*>(a.dbias->const_data_ptr()) : nullptr;
+  if (a.bias_offset) {
+    drawn_bias.resize(k * out);
+    draw(*a.spec, k, *a.bias_offset, out, drawn_bias.data(), out);
+    dbias = drawn_bias.data();
+    if (gram_out) {
+      const std::vector<double> wide(drawn_bias.begin(), drawn_bias.end());
+      std::vector<double> lower(k * k, 0.0), total(k * k);
+      gram(wide.data(), k, out, out, lower.data());
+      finish_gram(lower, 1, k, total.data());
+      for (int64_t j = 0; j < k * k; ++j) gram_out[j] += total[j];
+    }
+  }
+  const T* bias = a.bias ? static_cast<const T*>(a.bias->const_data_ptr()) : nullptr;
+  const T* activity = a.activity ? static_cast<const T*>(a.activity->const_data_ptr()) : nullptr;
+  const int64_t period = a.activity ? a.activity->size(1) : 1;
+  if (!bias && !dbias && !activity) return;
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, out));
+  torch::stable::parallel_for(0, (1 + k) * rows, grain, [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row) {
+      T* target = y + row * out;
+      if (row < rows) {
+        if (bias) {
+          for (int64_t o = 0; o < out; ++o) target[o] += bias[o];
+        }
+        continue;
+      }
+      const int64_t i = row / rows - 1, r = row % rows;
+      if (fresh) std::fill(target, target + out, T(0));
+      if (dbias) {
+        for (int64_t o = 0; o < out; ++o) target[o] += dbias[i * out + o];
+      }
+      if (activity) {
+        const T* v = activity + (i * period + r % period) * out;
+        for (int64_t o = 0; o < out; ++o) target[o] += v[o];
+      }
+    }
+  });
+}
+
+// `t` checked against `expected`, dense and in the compute type.
+std::optional<Tensor> prepare(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& expected,
+                              ScalarType compute) {
+  if (!t) return std::nullopt;
+  check_cpu(kOp, name, *t);
+  check_floating(kOp, name, *t);
+  check_shape(kOp, name, *t, expected);
+  return torch::stable::contiguous(to_dtype(*t, compute));
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::optional<Tensor>& dx, const Tensor& weight,
+                                              const std::optional<Tensor>& bias, const std::optional<Tensor>& dweight,
+                                              const std::optional<Tensor>& dbias, const std::optional<Tensor>& activity,
+                                              const std::optional<Tensor>& state, int64_t k, int64_t first,
+                                              int64_t distribution, std::optional<int64_t> weight_offset,
+                                              std::optional<int64_t> bias_offset, int64_t activation, double alpha,
+                                              double beta, bool want_gram) {
+  check_k(kOp, k);
+  check_cpu(kOp, "x", x);
+  check_floating(kOp, "x", x);
+  STD_TORCH_CHECK(weight.dim() == 2, kOp, ": weight has shape ", shape_string(weight), ", expected (out, in)");
+  const int64_t out = weight.size(0), in = weight.size(1);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == in, kOp, ": x has shape ", shape_string(x), ", expected (*, ", in, ")");
+  check_dtype(kOp, "weight", weight, x.scalar_type());
+  if (bias) check_dtype(kOp, "bias", *bias, x.scalar_type());
+  STD_TORCH_CHECK(!(dweight && weight_offset), kOp,
+                  ": dweight and weight_offset are both given; accepted is one of them");
+  STD_TORCH_CHECK(!(dbias && bias_offset), kOp, ": dbias and bias_offset are both given; accepted is one of them");
+  STD_TORCH_CHECK(
+      dx || dweight || dbias || activity || weight_offset || bias_offset, kOp,
+      ": nothing is perturbed; give at least one of dx, dweight, dbias, activity, weight_offset, bias_offset");
+  STD_TORCH_CHECK(activation >= 0 && activation <= 10, kOp, ": activation is ", activation, "; accepted are 0 to 10");
+  const bool sampled = weight_offset || bias_offset;
+  STD_TORCH_CHECK(!sampled || state, kOp, ": state is None, but sampled tangents need [seed, step]");
+
+  const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  std::vector<int64_t> y_shape = shape_of(x);
+  y_shape.back() = out;
+  std::vector<int64_t> dy_shape = y_shape, dx_shape = shape_of(x);
+  dy_shape.insert(dy_shape.begin(), k);
+  dx_shape.insert(dx_shape.begin(), k);
+  int64_t rows = 1;
+  for (size_t j = 0; j + 1 < y_shape.size(); ++j) rows *= y_shape[j];
+
+  Arguments a;
+  a.k = k, a.rows = rows, a.in = in, a.out = out;
+  a.x = torch::stable::view(*prepare("x", x, shape_of(x), compute), {rows, in});
+  a.weight = *prepare("weight", weight, {out, in}, compute);
+  a.dx = prepare("dx", dx, dx_shape, compute);
+  a.bias = prepare("bias", bias, {out}, compute);
+  a.dweight = prepare("dweight", dweight, {k, out, in}, compute);
+  a.dbias = prepare("dbias", dbias, {k, out}, compute);
+  if (activity) {
+    const int64_t d = activity->dim();
+    bool fits = d >= 2 && d <= static_cast<int64_t>(dy_shape.size()) && activity->size(0) == k;
+    for (int64_t j = 1; fits && j < d; ++j) fits = activity->size(-j) == y_shape[y_shape.size() - j];
+    STD_TORCH_CHECK(fits, kOp, ": activity has shape ", shape_string(*activity),
+                    ", expected (k, *s, out) with s a suffix of ", shape_string(y_shape.data(), y_shape.size() - 1),
+                    ", k = ", k, " and out = ", out);
+    int64_t period = 1;
+    for (int64_t j = 1; j + 1 < d; ++j) period *= activity->size(j);
+    a.activity = torch::stable::view(*prepare("activity", activity, shape_of(*activity), compute), {k, period, out});
+  }
+  if (sampled) {
+    a.spec = draw_spec(kOp, *state, k, first, distribution);
+    if (weight_offset) check_range("linear_jvp (weight_offset)", 0, *weight_offset);
+    if (bias_offset) check_range("linear_jvp (bias_offset)", 0, *bias_offset);
+  }
+  a.weight_offset = weight_offset, a.bias_offset = bias_offset;
+
+  const int64_t side = want_gram ? k : 0;
+  Tensor gram_matrix = torch::stable::new_zeros(x, {side, side}, ScalarType::Double);
+  double* gram_out = want_gram ? static_cast<double*>(gram_matrix.mutable_data_ptr()) : nullptr;
+  Tensor buffer = new_tensor(x, {1 + k, rows, out}, compute);
+  if (compute == ScalarType::Double) {
+    linear<double>(a, buffer, gram_out);
+  } else {
+    linear<float>(a, buffer, gram_out);
+  }
+  Tensor y = part_of(buffer, 0, y_shape);
+  Tensor dy = part_of(buffer, rows * out, dy_shape);
+  if (activation != 0) apply_pointwise(activation, alpha, beta, y, dy);
+  return {to_dtype(y, x.scalar_type()), to_dtype(dy, dx ? dx->scalar_type() : x.scalar_type()), gram_matrix};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) { m.impl("linear_jvp", TORCH_BOX(&linear_jvp)); }
+
+}  // namespace
+}  // namespace frog

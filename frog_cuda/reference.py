@@ -1,8 +1,8 @@
 """What every operator of :mod:`frog_cuda.ops` means, in plain float64 PyTorch: same names, same arguments, same results.
 
-Slow, stored in full, and written to be read: the compiled kernels are tested against it. All arithmetic and all floating results
-are float64; a ``dtype`` argument is accepted and has no effect. Tangents are drawn here by an implementation of its own, with
-exact logarithm, sine and cosine, so a kernel's float32 normal differs by a few units of float32 rounding and its signs not at all.
+Slow, stored in full, and written to be read: the compiled kernels are tested against it. All arithmetic and all floating
+results are float64; a ``dtype`` argument is accepted and has no effect. Tangents are drawn by an implementation of its own with
+exact logarithm, sine and cosine: a kernel's float32 normals differ by a few units of float32 rounding, its signs not at all.
 
 Needs none of the compiled libraries.
 """
@@ -55,8 +55,8 @@ def _calls(offset: int, numel: int, group: int) -> tuple[np.ndarray, np.ndarray]
 def _normal(seed: int, step: int, tangent: int, offset: int, numel: int) -> np.ndarray:
     """Box-Muller: a word of Philox gives two elements.
 
-    Groups of 64 elements take eight calls. Word w of call c holds the elements 32 (w // 2) + 16 (c % 2) + 4 (c // 2) + 2 (w % 2)
-    and the next one.
+    Groups of 64 elements take eight calls. Word w of call c holds element 32 (w // 2) + 16 (c % 2) + 4 (c // 2) + 2 (w % 2) and
+    the next one.
     """
     e, first = _calls(offset, numel, 64)
     e = e.astype(np.int64)
@@ -73,7 +73,10 @@ def _normal(seed: int, step: int, tangent: int, offset: int, numel: int) -> np.n
 
 
 def _rademacher(seed: int, step: int, tangent: int, offset: int, numel: int) -> np.ndarray:
-    """Groups of 1024 elements take eight calls: element e is bit e % 32 of word 2 (e // 512) + (e // 32) % 2 of call (e // 64) % 8."""
+    """A bit gives one element; a set bit is -1.
+
+    Eight calls give a group of 1024. Element e is bit e % 32 of word 2 (e // 512) + (e // 32) % 2 of call (e // 64) % 8.
+    """
     e, first = _calls(offset, numel, 1024)
     e = e.astype(np.int64)
     call = first + (e // 64 % 8).astype(np.uint64)
@@ -361,7 +364,7 @@ def cross_entropy_jvp(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """``-(1 - s) w_t log p_t - (s / C) sum_c w_c log p_c`` with ``p = softmax(logits)``; linear in ``log p``, hence the tangent."""
+    """``-(1 - s) w_t log p_t - (s / C) sum_c w_c log p_c`` with ``p = softmax(logits)``, which is linear in ``log p``."""
     classes = logits.shape[1]
     w = torch.ones(classes, dtype=torch.float64) if weight is None else weight.double()
     ignored = target == ignore_index

@@ -5,9 +5,26 @@ Flügel et al., "Beyond Backpropagation: Optimization with Multi-Tangent Forward
 
 from __future__ import annotations
 
+from . import aggregate, ops, tangents
+from .dual import DualTensor
+from .forward_gradient import ForwardGradient, forward_gradient
+from .functional import jvp
+from .simulated import simulate
+
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "build_info"]
+__all__ = [
+    "DualTensor",
+    "ForwardGradient",
+    "__version__",
+    "aggregate",
+    "build_info",
+    "forward_gradient",
+    "jvp",
+    "ops",
+    "simulate",
+    "tangents",
+]
 
 
 def build_info() -> dict[str, object]:
@@ -15,15 +32,9 @@ def build_info() -> dict[str, object]:
 
     Returns:
         a plain dict; keys of the compiled part come from the build itself.
-
-    Raises:
-        ImportError: the compiled libraries are missing or stale; the message names the fix.
     """
     import torch
 
-    from . import _load
-
-    _load.load()
     from . import _host  # type: ignore[attr-defined]
 
     info: dict[str, object] = {"version": __version__, "torch": torch.__version__}

@@ -63,6 +63,8 @@ class SampledTangents:
         distribution: ``"normal"``, ``"rademacher"`` or ``"standard_basis"``.
         grams: where given, fused rules leave the Gram matrix (float64 ``(k, k)``) of the tangents they drew here, under the
             parameter's offset; a bias drawn together with its weight is counted in the weight's entry and gets zeros.
+        touched: where given, the offset is added to it when an operation reads the tangents: the parameter takes part.
+        dtype: of the tangents; None means the parameter's.
     """
 
     state: Tensor
@@ -71,6 +73,8 @@ class SampledTangents:
     offset: int
     distribution: str
     grams: dict[int, Tensor] | None = None
+    touched: set[int] | None = None
+    dtype: torch.dtype | None = None
 
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
@@ -288,6 +292,8 @@ def _check_plain(name: str, tensor: Any) -> None:
 def _draw(primal: Tensor, sampled: SampledTangents) -> Tensor:
     from . import ops
 
+    if sampled.touched is not None:
+        sampled.touched.add(sampled.offset)
     flat = ops.sample_tangents(
         sampled.state,
         sampled.k,
@@ -295,7 +301,7 @@ def _draw(primal: Tensor, sampled: SampledTangents) -> Tensor:
         offset=sampled.offset,
         first=sampled.first,
         distribution=sampled.distribution,
-        dtype=primal.dtype,
+        dtype=sampled.dtype or primal.dtype,
     )
     return flat.view(sampled.k, *primal.shape)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,9 +55,11 @@ def jvp(fn: Callable[..., Any], primals: Any, tangents: Any, *, chunk_size: int 
     starts = list(range(0, k, size))
     values: list[Tensor] = []
     columns: list[list[Tensor]] = []
-    with torch.no_grad(), _same_random_numbers(flat, len(starts) > 1) as rewind:
+    numbers = RandomNumbers(flat) if len(starts) > 1 else None
+    with torch.no_grad():
         for start in starts:
-            rewind()
+            if numbers is not None:
+                numbers.rewind()
             # If fn writes into its arguments, the caller's see it once, after the last chunk; tangents never do.
             last = start == starts[-1]
             leaves = [_leaf(p, v, slice(start, start + size), last) for p, v in zip(flat, directions, strict=True)]
@@ -146,17 +148,26 @@ def _split(outs: list[Any], k: int) -> tuple[list[Tensor], list[Tensor]]:
     return values, tangents
 
 
-@contextmanager
-def _same_random_numbers(flat: list[Any], several: bool) -> Iterator[Callable[[], None]]:
-    if not several:
-        yield lambda: None
-        return
-    devices = {leaf.device.index for leaf in flat if isinstance(leaf, Tensor) and leaf.is_cuda}
-    generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
-    states = [g.get_state() for g in generators]
+class RandomNumbers:
+    """Remembers where the random number generators of the CPU and of the tensors' GPUs stand."""
 
-    def rewind() -> None:
-        for generator, state in zip(generators, states, strict=True):
+    def __init__(self, leaves: Iterable[Any]) -> None:
+        devices = {leaf.device.index for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
+        self._generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
+        self._states = [g.get_state() for g in self._generators]
+
+    def rewind(self) -> None:
+        """Puts them back, so that the next pass draws what the first one drew."""
+        for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
 
-    yield rewind
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Inside, the numbers drawn since; afterwards, the generators stand where they stood before."""
+        later = [g.get_state() for g in self._generators]
+        self.rewind()
+        try:
+            yield
+        finally:
+            for generator, state in zip(self._generators, later, strict=True):
+                generator.set_state(state)

@@ -38,9 +38,10 @@ def low_dtype(*tensors: Any) -> torch.dtype | None:
     low = None
     for t in tensors:
         if type(t) is DualTensor:
-            stored = t._tangents if t._tangents is not None else t._activity
-            if stored is not None and stored.dtype != t._primal.dtype:
-                low = stored.dtype if low is None else torch.promote_types(low, stored.dtype)
+            source = t._tangents if t._tangents is not None else t._activity if t._activity is not None else t.sampled
+            own = None if source is None else source.dtype
+            if own is not None and own != t._primal.dtype:
+                low = own if low is None else torch.promote_types(low, own)
     return low
 
 

@@ -64,6 +64,9 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         db, b_sampled = bias.tangents, None
     w_offset = None if sampled is None else sampled.offset
     b_offset = None if b_sampled is None else b_sampled.offset
+    for drawn in (sampled, b_sampled):
+        if drawn is not None and drawn.touched is not None:
+            drawn.touched.add(drawn.offset)
     grams = source.grams
     # Each offset is counted once: a parameter used a second time, or a bias already counted, asks for nothing
     want_gram = grams is not None and w_offset not in grams and b_offset not in grams
@@ -88,6 +91,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     )
     if want_gram:
         _record(grams, gram, w_offset, b_offset)
+    if dx is None and source.dtype is not None:
+        dy = dy.to(source.dtype)
     return _make(y, dy, k)
 
 

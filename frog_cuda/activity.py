@@ -1,0 +1,309 @@
+"""Activity perturbation: tangents over the outputs ("activities") of layers, and layer-local gradients.
+
+A layer's output y gets the tangent ``dy + v``: what comes from earlier layers is carried on, the layer's own tangent v is
+added. The estimate of the loss's gradient with respect to y, ``C^T V_y``, then gives the layer's parameters their gradient
+locally.
+Flügel et al., arXiv 2410.17764, section 4.4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from . import ops
+from .aggregate import Aggregate, Custom
+from .dual import add_activity, primal_of
+from .estimate import Estimate, read_loss, solve
+from .functional import RandomNumbers
+from .layers import Group
+from .tangents import Distribution, Piece, StandardBasis, Supplied, TangentSet
+from .weight import Inputs, check_parameters, copied_buffers
+
+Perturb = Callable[["Segment", Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Segment:
+    """One perturbed output of one call of a layer."""
+
+    group: Group
+    piece: Piece  # shape: of a sample where tangents are shared, of the whole batch where they are not
+    batch: int
+    input: Tensor | None  # (B, *, in) for layers whose gradient is taken directly
+    version: int
+    tangents: list[Tensor]  # base tangents of each chunk, (count, *piece.shape)
+
+
+class ActivityPerturbation:
+    """Tangents over the outputs of ``groups``; memory beyond that of the forward pass: k times the perturbed outputs of one
+    sample (of the batch, where tangents are not shared), and the inputs of the layers."""
+
+    def __init__(self, model: nn.Module, groups: list[Group], shared: bool, per_sample: bool) -> None:
+        self.model, self.groups, self.shared, self.per_sample = model, groups, shared, per_sample
+        own = {id(p) for group in groups for p in group.parameters}
+        self.parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if id(p) in own}
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        check_parameters(model, self.parameters)
+        self.segments: list[Segment] = []
+        self._records = any(g.linear is None for g in groups)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def tangent_set(self, distribution: Distribution, k: int, seed: int, step: int, inputs: Inputs) -> TangentSet:
+        if isinstance(distribution, StandardBasis) and not self.shared and self.per_sample:
+            raise ValueError(
+                "tangents: standard basis tangents drawn per sample would leave most samples unperturbed; use "
+                "shared_across_batch=True or per_sample=False"
+            )
+        if not isinstance(distribution, (StandardBasis, Supplied)):
+            return TangentSet(distribution, k, seed, step, self.device)
+        self._measure(inputs)
+        pieces = [s.piece for s in self.segments]
+        if isinstance(distribution, Supplied) and len({p.name for p in pieces}) < len(pieces):
+            raise ValueError("tangents: supplied tangents cannot serve a layer that is called more than once in a forward pass")
+        return TangentSet(distribution, k, seed, step, self.device, sum(p.numel for p in pieces), pieces)
+
+    def _measure(self, inputs: Inputs) -> None:
+        """A plain pass without tangents: which layers are called, and the shapes of their outputs."""
+        with torch.no_grad(), RandomNumbers(self.parameters.values()).replayed(), self._hooked(lambda segment, y: y):
+            functional_call(self.model, copied_buffers(self.model), *inputs)
+
+    def derivatives(
+        self,
+        tangents: TangentSet,
+        aggregate: Aggregate | Custom,
+        loss_fn: Any,
+        inputs: Inputs,
+        target: Any,
+        *,
+        chunk_size: int | None,
+        correct_length: bool,
+        tangent_dtype: torch.dtype | None,
+    ) -> Estimate:
+        """One forward pass per chunk of tangents."""
+        k = tangents.k
+        size = k if chunk_size is None else min(chunk_size, k)
+        starts = range(0, k, size)
+        columns: list[Tensor] = []
+        kept: list[list[Tensor]] = []
+        loss = value = torch.empty(0)
+        if len(starts) > 1 or self._records:
+            self._numbers = RandomNumbers(self.parameters.values())
+        for first in starts:
+            count = min(size, k - first)
+            if first > 0:
+                self._numbers.rewind()
+
+            def perturb(segment: Segment, y: Tensor, first: int = first, count: int = count) -> Tensor:
+                v = tangents.draw(segment.piece, tangent_dtype or y.dtype, first, count)
+                segment.tangents.append(v)
+                return add_activity(y, v)
+
+            last = first == starts[-1]
+            with torch.no_grad(), self._hooked(perturb):
+                output = (
+                    self.model(*inputs[0], **inputs[1])
+                    if last
+                    else functional_call(self.model, copied_buffers(self.model), *inputs)
+                )
+                value, moved = read_loss(loss_fn(output, target))
+            loss = value.mean()
+            kept.append([s.tangents[0] for s in self.segments])
+            columns.append(moved)
+        for segment, parts in zip(self.segments, zip(*kept, strict=True), strict=True):
+            segment.tangents = list(parts)
+        return self.finish(tangents, aggregate, loss, value.dim() == 1, torch.cat(columns), correct_length)
+
+    def finish(
+        self,
+        tangents: TangentSet,
+        aggregate: Aggregate | Custom,
+        loss: Tensor,
+        losses_per_sample: bool,
+        base_derivatives: Tensor,
+        correct_length: bool,
+    ) -> Estimate:
+        """From base derivatives, (k,) or (k, B), to the estimate."""
+        per_sample = self.per_sample and losses_per_sample
+        if losses_per_sample and not per_sample:
+            base_derivatives = base_derivatives.double().mean(1).to(base_derivatives.dtype)
+        self._scale = 1.0
+        if per_sample:
+            batch = base_derivatives.shape[1]
+            for s in self.segments:
+                if s.batch != batch:
+                    raise ValueError(
+                        f"layers: the output of {s.piece.name} has {s.batch} rows, but there are {batch} losses; per-sample "
+                        "derivatives need one row per sample, or per_sample=False"
+                    )
+            self._scale = 1.0 / batch
+        n = sum(s.piece.numel for s in self.segments)
+        if per_sample and not self.shared:
+            n //= base_derivatives.shape[1]
+            if not isinstance(aggregate, Aggregate):
+                raise ValueError("aggregate: a custom aggregation needs shared_across_batch=True or per_sample=False")
+        elif not per_sample and self.shared:
+            n *= self.segments[0].batch if self.segments else 1
+
+        def gram() -> Tensor:
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for s in self.segments:
+                v = _joined(s)
+                if per_sample and not self.shared:
+                    rows = v.flatten(2).transpose(0, 1).double()  # (B, k, m)
+                    total = total + rows @ rows.mT
+                else:
+                    # Shared tangents under one derivative for the batch: the same vector once for each row
+                    total = total + ops.gram(v.flatten(1)) * (s.batch if self.shared and not per_sample else 1)
+            return total
+
+        def stored() -> Tensor:
+            rows = []
+            for s in self.segments:
+                v = _joined(s).flatten(1)
+                rows.append(v.repeat(1, s.batch) if self.shared and not per_sample else v)
+            return torch.cat(rows, 1)
+
+        return solve(tangents, aggregate, loss, base_derivatives, gram, stored, n, correct_length)
+
+    def gradients(self, tangents: TangentSet, estimate: Estimate, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+        """Layer-local gradients of the parameters from the estimated gradients of the activities."""
+        found: dict[str, Tensor] = {}
+        replayed: list[tuple[Segment, Tensor]] = []
+        start = 0
+        for segment in self.segments:
+            layer = segment.group.linear
+            width = segment.piece.numel * (segment.batch if self.shared and estimate.directional_derivatives.dim() == 1 else 1)
+            if segment.input is not None and layer is not None:
+                if segment.input._version != segment.version:
+                    raise RuntimeError(
+                        f"layers: the input of {segment.piece.name} was modified in place after the layer read it; its "
+                        "gradient cannot be computed"
+                    )
+                parts = self._linear(layer, segment.input, segment, estimate, start, width)
+                for p, g in zip((layer.weight, layer.bias), parts, strict=True):
+                    if g is not None:
+                        name = self._names[id(p)]
+                        found[name] = found[name] + g if name in found else g
+            else:
+                replayed.append((segment, self._activity_gradient(segment, estimate, start, width)))
+            start += width
+        if replayed:
+            for name, g in self._recorded(replayed, inputs):
+                found[name] = found[name] + g if name in found else g
+        yield from found.items()
+
+    def _weights(self, segment: Segment, estimate: Estimate, dtype: torch.dtype) -> Tensor:
+        """(k, B): how much of each tangent the mean loss's gradient holds in each row."""
+        c = estimate.base_coefficients
+        assert c is not None
+        c = c.unsqueeze(1).expand(-1, segment.batch) if c.dim() == 1 else c * self._scale
+        return c.to(dtype)
+
+    def _activity_gradient(self, segment: Segment, estimate: Estimate, start: int, width: int) -> Tensor:
+        """Estimated gradient of the mean loss with respect to a layer's output: (B, *m)."""
+        shape = segment.piece.shape if not self.shared else (segment.batch, *segment.piece.shape)
+        if estimate.custom is not None:
+            part = estimate.custom[..., start : start + width]
+            return (part * self._scale).reshape(shape)
+        v = _joined(segment)
+        weights = self._weights(segment, estimate, v.dtype)
+        if self.shared:
+            return (weights.T @ v.flatten(1)).view(shape)
+        return torch.einsum("kb,kbm->bm", weights, v.flatten(2)).view(shape)
+
+    def _linear(
+        self, layer: nn.Linear, x: Tensor, segment: Segment, estimate: Estimate, start: int, width: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and bias of ``y = x W^T + b``.
+
+        With shared tangents the gradient of y is ``C^T V``, of rank at most k, so ``(C^T V)^T x = V^T (C x)`` costs k rows
+        instead of B.
+        """
+        k, rows = sum(v.shape[0] for v in segment.tangents), x.shape[:-1].numel() // max(segment.batch, 1)
+        cheap = k * (segment.batch * x.shape[-1] + x.shape[-1] * layer.out_features)
+        dense = segment.batch * (k * layer.out_features + x.shape[-1] * layer.out_features)
+        if self.shared and estimate.custom is None and cheap < dense:
+            v = _joined(segment).reshape(k, rows, layer.out_features).to(x.dtype)
+            weights = self._weights(segment, estimate, x.dtype)
+            left, right = v.flatten(0, 1), (weights @ x.reshape(segment.batch, -1)).view(k * rows, -1)
+            db = (weights.sum(1) @ v.sum(1)) if layer.bias is not None and layer.bias.requires_grad else None
+        else:
+            dy = self._activity_gradient(segment, estimate, start, width).to(x.dtype)
+            left, right = dy.reshape(-1, layer.out_features), x.reshape(-1, x.shape[-1])
+            db = left.sum(0) if layer.bias is not None and layer.bias.requires_grad else None
+        dw = left.T @ right if layer.weight.requires_grad else None
+        return dw, db
+
+    def _recorded(self, wanted: list[tuple[Segment, Tensor]], inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+        """Layer-local gradients of arbitrary layers: the plain pass again, autograd on, cut at each layer's output."""
+        outputs: list[Tensor] = []
+        gradients = [g for _, g in wanted]
+        order = {id(s.group): None for s, _ in wanted}
+
+        def cut(segment: Segment, y: Tensor) -> Tensor:
+            if id(segment.group) in order:
+                outputs.append(y)
+            return y.detach()
+
+        parameters = {id(p): p for s, _ in wanted for p in s.group.parameters}
+        segments = self.segments
+        with torch.enable_grad(), self._numbers.replayed(), self._hooked(cut):
+            functional_call(self.model, copied_buffers(self.model), *inputs)
+        self.segments = segments
+        pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
+        if not pairs:
+            return
+        grads = torch.autograd.grad([y for y, _ in pairs], list(parameters.values()), [g for _, g in pairs], allow_unused=True)
+        for p, g in zip(parameters.values(), grads, strict=True):
+            if g is not None:
+                yield self._names[id(p)], g
+
+    @contextmanager
+    def _hooked(self, perturb: Perturb) -> Iterator[None]:
+        """Passes each output of a perturbed layer through ``perturb``; fills ``segments`` in the order of the calls."""
+        self.segments = []
+        self._offset = 0
+        handles = [
+            g.output.register_forward_hook(
+                lambda m, args, kwargs, out, g=g: self._visit(g, args, out, perturb), with_kwargs=True
+            )
+            for g in self.groups
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _visit(self, group: Group, args: tuple[Any, ...], output: Any, perturb: Perturb) -> Any:
+        several = isinstance(output, (tuple, list))
+        y = output[0] if several else output
+        if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() == 0:
+            what = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(f"layers: the output of {group.name} is {what}; expected a real floating point tensor (B, *)")
+        shape = tuple(y.shape[1:] if self.shared else y.shape)
+        piece = Piece(group.name, shape, self._offset)
+        self._offset += math.prod(shape)
+        x = primal_of(args[0]) if group.linear is not None and args else None
+        segment = Segment(group, piece, y.shape[0], x, x._version if x is not None else 0, [])
+        self.segments.append(segment)
+        y = perturb(segment, y)
+        return type(output)((y, *output[1:])) if several else y
+
+
+def _joined(segment: Segment) -> Tensor:
+    """Base tangents of all chunks: (k, *piece.shape)."""
+    if len(segment.tangents) > 1:
+        segment.tangents = [torch.cat(segment.tangents)]
+    return segment.tangents[0]

@@ -1,0 +1,292 @@
+"""Forward gradients of models and of functions: perturb, propagate, project, combine.
+
+Flügel et al., "Beyond Backpropagation: Optimization with Multi-Tangent Forward Gradients", arXiv 2410.17764.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import aggregate as aggregations
+from . import tangents as distributions
+from .activity import ActivityPerturbation
+from .aggregate import Aggregate, scaling_correction
+from .dual import DualTensor
+from .estimate import Estimate, read_loss, solve
+from .layers import activity_groups, select
+from .tangents import Piece, TangentSet, check_count, check_seed, check_step
+from .weight import Inputs, WeightPerturbation
+
+__all__ = ["ForwardGradient", "forward_gradient"]
+
+
+class ForwardGradient:
+    """Gradient estimates of a model's loss from forward passes alone.
+
+    ``loss = fg(input, target)`` runs one forward pass that carries the value and k tangents, and adds the gradient estimate to
+    the ``.grad`` of the parameters, as ``loss.backward()`` would. Any :class:`torch.optim.Optimizer` goes on from there. The
+    model stays as it is: parameters, buffers and state_dict are its own.
+
+    Arguments:
+        model: any module; batch first where activities are perturbed. Frozen parameters (``requires_grad=False``) are left
+            alone.
+        loss_fn: ``(output, target)`` -> a scalar, or one loss per sample ``(B,)`` such as
+            ``cross_entropy(..., reduction="none")``, whose mean is then the loss.
+        k: number of tangents, >= 1.
+        perturb: ``"weight"``: one tangent vector over all parameters (n = number of parameters). ``"activity"``: over the
+            outputs of layers (n = number of outputs of a sample); parameters get a layer-local gradient.
+        layers: which modules: names, a predicate ``(name, module) -> bool``, or lists of names as groups. Activity: the output
+            of each module (of the last one of a group) is perturbed; the default is every innermost module that owns trainable
+            parameters. Weight: the parameters of these modules; the default is all.
+        tangents: a name, an object of :mod:`frog_cuda.tangents`, a callable, or tensors used as they are:
+            ``{name: (k, *shape)}`` with a parameter's shape, or for activities the shape of an output without its batch axis.
+        aggregate: a name or an object of :mod:`frog_cuda.aggregate`, or a callable ``(tangents, derivatives) -> gradient``.
+        tangent_dtype: floating dtype of the tangents; None means that of the parameters or outputs.
+        per_sample: activity only. With losses ``(B,)``, each sample has its own directional derivatives, (k, B), and its own
+            projection. Exact unless a sample's loss depends on other samples (BatchNorm in train mode): cross terms are missed
+            then, and False gives one derivative per tangent for the batch. A scalar loss always works as False does.
+        shared_across_batch: activity only. All samples share their tangents; False draws them for each sample.
+        chunk_size: at most so many tangents in one pass, to bound the memory; the tangents and the result stay the same.
+        scaling_correction: scale the estimate to the expected length of the gradient, see
+            :func:`frog_cuda.aggregate.scaling_correction`.
+        seed: 64-bit integer. Tangents are a pure function of seed, step, tangent and element.
+    Attributes:
+        step: number of calls so far; draws the next tangents.
+        last: :class:`frog_cuda.estimate.Estimate` of the latest call, or None.
+    Raises:
+        TypeError, ValueError: an argument is not accepted; the message names it and what is.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    >>> fg = ForwardGradient(model, nn.CrossEntropyLoss(reduction="none"), k=4)
+    >>> loss = fg(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    >>> model[0].weight.grad.shape
+    torch.Size([8, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Any],
+        *,
+        k: int,
+        perturb: str = "activity",
+        layers: Any = None,
+        tangents: Any = "normal",
+        aggregate: Any = "orthogonal",
+        tangent_dtype: torch.dtype | None = None,
+        per_sample: bool = True,
+        shared_across_batch: bool = True,
+        chunk_size: int | None = None,
+        scaling_correction: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn is of type {type(loss_fn).__name__}; expected a callable (output, target) -> loss")
+        if tangent_dtype is not None and not (isinstance(tangent_dtype, torch.dtype) and tangent_dtype.is_floating_point):
+            raise ValueError(f"tangent_dtype is {tangent_dtype!r}; expected a floating point torch.dtype, or None")
+        self.model, self.loss_fn, self.k = model, loss_fn, check_count("k", k)
+        self.distribution, self.aggregate = distributions.resolve(tangents), aggregations.resolve(aggregate)
+        self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
+        self.tangent_dtype, self.scaling_correction = tangent_dtype, scaling_correction
+        self.seed, self.step = check_seed(seed), 0
+        self.last: Estimate | None = None
+        if scaling_correction:
+            _check_correction(self.aggregate, self.distribution)
+        self._method: WeightPerturbation | ActivityPerturbation
+        if perturb == "weight":
+            self._method = WeightPerturbation(model, None if layers is None else select(model, layers))
+            self.distribution.check(self.k, self._method.total)
+        elif perturb == "activity":
+            self._method = ActivityPerturbation(model, activity_groups(model, layers), shared_across_batch, per_sample)
+        else:
+            raise ValueError(f"perturb is {perturb!r}; accepted are 'activity' and 'weight'")
+        self._tangents: TangentSet | None = None
+        self._inputs: Inputs = ((), {})
+
+    def __call__(self, input: Any, target: Any) -> Tensor:
+        """Adds the gradient estimate to ``.grad`` and returns the mean loss, 0-dim and detached.
+
+        Arguments:
+            input: what the model takes: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+            target: handed to ``loss_fn`` as it is.
+        Raises:
+            ValueError: loss neither a scalar nor (B,), not depending on what is perturbed, or layers' outputs that do not fit.
+            FloatingPointError: the loss or a derivative is NaN or infinite. No ``.grad`` is touched where anything is raised.
+        """
+        loss = self.derivatives(input, target)
+        self.accumulate_()
+        return loss
+
+    def derivatives(self, input: Any, target: Any) -> Tensor:
+        """The forward pass alone: fills ``last`` and counts the step, but touches no ``.grad``. Same arguments and errors as a
+        call; :meth:`accumulate_` or :meth:`update_` go on from there."""
+        inputs = _arguments(input)
+        tangents = self.tangent_set(inputs)
+        estimate = self._method.derivatives(
+            tangents,
+            self.aggregate,
+            self.loss_fn,
+            inputs,
+            target,
+            chunk_size=self.chunk_size,
+            correct_length=self.scaling_correction,
+            tangent_dtype=self.tangent_dtype,
+        )
+        self._tangents, self._inputs, self.last = tangents, inputs, estimate
+        self.step += 1
+        return estimate.loss
+
+    def tangent_set(self, inputs: Inputs) -> TangentSet:
+        """The tangents of the present step."""
+        if isinstance(self._method, ActivityPerturbation):
+            return self._method.tangent_set(self.distribution, self.k, self.seed, self.step, inputs)
+        return self._method.tangent_set(self.distribution, self.k, self.seed, self.step)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The estimate of the latest call by parameter name. Parameters that did not take part are missing.
+
+        Raises:
+            RuntimeError: there was no call yet.
+        """
+        estimate, tangents = self._latest("gradients")
+        with torch.no_grad():
+            if isinstance(self._method, ActivityPerturbation):
+                return dict(self._method.gradients(tangents, estimate, self._inputs))
+            return dict(self._method.gradients(tangents, estimate))
+
+    def accumulate_(self) -> None:
+        """Adds the estimate of the latest call to ``.grad``."""
+        with torch.no_grad():
+            for name, g in self.gradients().items():
+                p = self._method.parameters[name]
+                p.grad = g if p.grad is None else p.grad.add_(g)
+
+    def update_(self, lr: float) -> None:
+        """``p -= lr * estimate`` in place, replaying the tangents of the latest call: a step of SGD without any ``.grad``.
+
+        Raises:
+            RuntimeError: there was no call yet, or activities are perturbed, whose gradients are not replayed.
+        """
+        estimate, tangents = self._latest("update_")
+        if not isinstance(self._method, WeightPerturbation):
+            raise RuntimeError("update_: only for perturb='weight'; with activities use .grad and an optimizer")
+        if not isinstance(lr, (int, float)):
+            raise TypeError(f"update_: lr is of type {type(lr).__name__}; expected a number")
+        with torch.no_grad():
+            self._method.update_(tangents, estimate, float(lr))
+
+    def _latest(self, what: str) -> tuple[Estimate, TangentSet]:
+        if self.last is None or self._tangents is None:
+            raise RuntimeError(f"{what}: no gradient was estimated yet; call the object with input and target first")
+        return self.last, self._tangents
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed and step: with them, a resumed run repeats the uninterrupted one bit for bit."""
+        return {"seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: seed or step are missing or not accepted.
+        """
+        if set(state) != {"seed", "step"}:
+            raise ValueError(f"load_state_dict: state has keys {sorted(state)}; expected 'seed' and 'step'")
+        seed, step = check_seed(state["seed"]), check_step(state["step"])
+        self.seed, self.step = seed, step
+
+
+def forward_gradient(
+    fn: Callable[[Tensor], Any],
+    x: Tensor,
+    *,
+    k: int,
+    tangents: Any = "normal",
+    aggregate: Any = "orthogonal",
+    scaling_correction: bool = False,
+    seed: int = 0,
+    step: int = 0,
+    simulate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Value and forward gradient of a scalar function, such as the closed-form ones of section 4.2.
+
+    Arguments:
+        fn: takes a tensor like ``x``, returns a scalar tensor.
+        x: real floating point, any shape; its k tangents are stored, k times its size.
+        k, tangents, aggregate, scaling_correction, seed: as in :class:`ForwardGradient`; supplied tangents are
+            ``(k, *x.shape)``.
+        step: number of the draw; a loop counts it up.
+        simulate: take the directional derivatives from the true gradient by backprop, as the paper did.
+    Returns:
+        ``fn(x)``, 0-dim; the estimate, shaped like ``x``.
+    Raises:
+        TypeError, ValueError: as in :class:`ForwardGradient`.  FloatingPointError: value or derivative NaN or infinite.
+
+    >>> x = torch.full((3,), 2.0, dtype=torch.float64)
+    >>> value, estimate = forward_gradient(lambda x: (x**2).sum(), x, k=3)
+    >>> torch.allclose(estimate, 2 * x)
+    True
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x is {what}; expected a real floating point tensor")
+    if x.numel() == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)} and no element; nothing to perturb")
+    k, n, how = check_count("k", k), x.numel(), aggregations.resolve(aggregate)
+    piece = Piece("x", tuple(x.shape), 0)
+    distribution = distributions.resolve(tangents)
+    if scaling_correction:
+        _check_correction(how, distribution)
+    drawn = TangentSet(distribution, k, check_seed(seed), check_step(step), x.device, n, [piece])
+    base = drawn.draw(piece, x.dtype)
+    if simulate:
+        value, derivatives = _backprop(fn, x, base)
+    else:
+        with torch.no_grad():
+            value, derivatives = read_loss(fn(DualTensor(x, base)))
+    if value.dim() != 0:
+        raise ValueError(f"fn returned shape {tuple(value.shape)}; expected a scalar ()")
+    with torch.no_grad():
+        estimate = solve(
+            drawn,
+            how,
+            value,
+            derivatives,
+            lambda: drawn.gram(piece),
+            lambda: base.flatten(1),
+            n,
+            scaling_correction,
+        )
+        if estimate.custom is not None:
+            return value, estimate.custom.view(x.shape)
+        assert estimate.base_coefficients is not None
+        return value, (estimate.base_coefficients.to(x.dtype) @ base.flatten(1)).view(x.shape)
+
+
+def _backprop(fn: Callable[[Tensor], Any], x: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        value = fn(leaf)
+        (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), base.flatten(1) @ gradient.flatten()
+
+
+def _arguments(input: Any) -> Inputs:
+    if isinstance(input, tuple):
+        return input, {}
+    if isinstance(input, dict):
+        return (), input
+    return (input,), {}
+
+
+def _check_correction(how: Any, distribution: distributions.Distribution) -> None:
+    """Raises now, not in the first step, where the length correction has no closed form."""
+    if not isinstance(how, Aggregate):
+        raise ValueError("scaling_correction: no closed form for a custom aggregation")
+    scaling_correction(how, distribution, 1, 2)

@@ -1,0 +1,114 @@
+"""What ``layers=`` means: which modules' outputs (activity) or parameters (weight) are perturbed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+Named = tuple[str, nn.Module]
+
+
+@dataclass(eq=False)
+class Group:
+    """Modules that count as one layer: the output of the last one is perturbed, and the trainable parameters of all of them get
+    their gradient from it."""
+
+    modules: list[Named]
+
+    def __post_init__(self) -> None:
+        self.name, self.output = self.modules[-1]
+        self.parameters: list[Tensor] = []
+        for _, module in self.modules:
+            self.parameters += [p for p in module.parameters() if p.requires_grad and not any(p is q for q in self.parameters)]
+        # The one layer whose gradient needs no second pass; a subclass may compute something else
+        alone = len(self.modules) == 1 and type(self.output) is nn.Linear
+        self.linear: nn.Linear | None = self.output if alone and isinstance(self.output, nn.Linear) else None
+
+
+def select(model: nn.Module, layers: Any) -> list[list[Named]]:
+    """The groups of modules that ``layers`` names.
+
+    Arguments:
+        layers: module names; a predicate ``(name, module) -> bool``; or groups, a list of lists of names, in the order in which
+            the modules run.
+    Raises:
+        TypeError, ValueError: not of this form, unknown name, nothing selected, a module in two groups.
+    """
+    modules = dict(model.named_modules())
+    if callable(layers):
+        chosen = [[(name, module)] for name, module in modules.items() if layers(name, module)]
+        if not chosen:
+            raise ValueError("layers: the predicate selects no module")
+        return chosen
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise TypeError(
+            f"layers is {layers!r}; accepted are a list of module names, a list of lists of names, a predicate "
+            "(name, module) -> bool, or None"
+        )
+    if len(layers) == 0:
+        raise ValueError("layers is empty; name at least one module, or pass None for all")
+    groups = [[entry] if isinstance(entry, str) else entry for entry in layers]
+    seen: set[str] = set()
+    found: list[list[Named]] = []
+    for group in groups:
+        if not isinstance(group, Sequence) or not group or not all(isinstance(name, str) for name in group):
+            raise TypeError(f"layers: {group!r} is neither a module name nor a non-empty list of module names")
+        for name in group:
+            if name not in modules:
+                known = [n for n in modules if n][:10]
+                raise ValueError(f"layers: the model has no module {name!r}; it has {', '.join(known) or 'none'}, ...")
+            if name in seen:
+                raise ValueError(f"layers: {name!r} is named twice")
+            seen.add(name)
+        found.append([(name, modules[name]) for name in group])
+    return found
+
+
+def default_layers(model: nn.Module) -> list[list[Named]]:
+    """Every innermost module that owns trainable parameters; :class:`torch.nn.MultiheadAttention` counts as one."""
+    found: list[list[Named]] = []
+
+    def visit(name: str, module: nn.Module) -> None:
+        inner = [(n, m) for n, m in module.named_children() if any(p.requires_grad for p in m.parameters())]
+        owned = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
+        if owned and (not inner or isinstance(module, nn.MultiheadAttention)):
+            found.append([(name, module)])
+            return
+        for n, m in inner:
+            visit(f"{name}.{n}" if name else n, m)
+
+    visit("", model)
+    return found
+
+
+def activity_groups(model: nn.Module, layers: Any) -> list[Group]:
+    """Groups for activity perturbation, those without trainable parameters left out."""
+    named = default_layers(model) if layers is None else select(model, layers)
+    unique: list[Group] = []
+    outputs: set[int] = set()
+    for modules in named:
+        group = Group(modules)
+        if id(group.output) in outputs:  # the same module under two names
+            continue
+        if group.parameters:
+            outputs.add(id(group.output))
+            unique.append(group)
+    if not unique:
+        raise ValueError("model: nothing to perturb: no selected layer has parameters that require grad")
+    if layers is None:
+        covered = {id(p) for g in unique for p in g.parameters}
+        left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
+        if left:
+            warnings.warn(
+                f"activity perturbation: {', '.join(left)} belong to no innermost layer and get no gradient; name the modules "
+                "that own them in layers=, or freeze them",
+                stacklevel=4,
+            )
+    return unique
+
+
+Predicate = Callable[[str, nn.Module], bool]

@@ -1,0 +1,127 @@
+"""The same estimate from the true gradient by backprop: what the paper did, and what the forward passes are checked against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from .activity import ActivityPerturbation, Segment
+from .estimate import Estimate, solve
+from .forward_gradient import ForwardGradient, _arguments
+from .functional import RandomNumbers
+from .tangents import TangentSet
+from .weight import Inputs, WeightPerturbation, copied_buffers
+
+__all__ = ["Simulated", "simulate"]
+
+
+@dataclass(eq=False)
+class Simulated:
+    """What :func:`simulate` found.
+
+    Attributes:
+        loss: the mean loss, 0-dim.
+        gradients: the estimate by parameter name.
+        true_gradients: the gradient by backprop, by parameter name.
+        estimate: directional derivatives, coefficients, Gram matrix and rank.
+    """
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    true_gradients: dict[str, Tensor]
+    estimate: Estimate
+
+    @property
+    def directional_derivatives(self) -> Tensor:
+        return self.estimate.directional_derivatives
+
+    @property
+    def coefficients(self) -> Tensor | None:
+        return self.estimate.coefficients
+
+
+def simulate(fg: ForwardGradient, input: Any, target: Any) -> Simulated:
+    """What ``fg(input, target)`` is about to estimate, computed from the true gradient with the same tangents.
+
+    Changes nothing: no ``.grad``, no step, no buffer, no random number. Uses backprop and its memory, and for weight
+    perturbation stored tangents one parameter at a time.
+
+    Arguments:
+        fg, input, target: as for the call.
+    Returns:
+        :class:`Simulated`.
+    """
+    inputs, method = _arguments(input), fg._method
+    with RandomNumbers(method.parameters.values()).replayed():
+        tangents = fg.tangent_set(inputs)
+    with RandomNumbers(method.parameters.values()).replayed():
+        if isinstance(method, WeightPerturbation):
+            return _weight(fg, method, tangents, inputs, target)
+        return _activity(fg, method, tangents, inputs, target)
+
+
+def _loss(fg: ForwardGradient, inputs: Inputs, target: Any) -> Tensor:
+    return fg.loss_fn(functional_call(fg.model, copied_buffers(fg.model), *inputs), target)
+
+
+def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSet, inputs: Inputs, target: Any) -> Simulated:
+    with torch.enable_grad():
+        loss = _loss(fg, inputs, target).mean()
+        found = torch.autograd.grad(loss, list(method.parameters.values()), allow_unused=True)
+    true = {name: g for name, g in zip(method.parameters, found, strict=True) if g is not None}
+    with torch.no_grad():
+        method.used = [p for p in method.pieces if tangents.stored is not None or p.name in true]
+        derivatives = torch.zeros(tangents.k, dtype=torch.float64, device=method.device)
+        for piece in method.used:
+            if piece.name in true:
+                v = tangents.draw(piece, torch.float64)
+                derivatives += v.flatten(1) @ true[piece.name].double().flatten()
+        estimate = solve(
+            tangents,
+            fg.aggregate,
+            loss.detach(),
+            derivatives.to(loss.dtype),
+            lambda: torch.stack([tangents.gram(p) for p in method.used]).sum(0),
+            lambda: torch.cat([tangents.draw(p, method.parameters[p.name].dtype).flatten(1) for p in method.used], 1),
+            sum(p.numel for p in method.used),
+            fg.scaling_correction,
+        )
+        return Simulated(loss.detach(), dict(method.gradients(tangents, estimate)), true, estimate)
+
+
+def _activity(
+    fg: ForwardGradient, method: ActivityPerturbation, tangents: TangentSet, inputs: Inputs, target: Any
+) -> Simulated:
+    shifts: list[Tensor] = []
+
+    def shift(segment: Segment, y: Tensor) -> Tensor:
+        shifts.append(torch.zeros_like(y, requires_grad=True))
+        return y + shifts[-1]
+
+    with torch.enable_grad():
+        method._numbers = RandomNumbers(method.parameters.values())
+        with method._hooked(shift):
+            losses = _loss(fg, inputs, target)
+        # Without cross terms between samples, row b of the summed losses' gradient is that of loss b
+        total = losses.sum() if method.per_sample and losses.dim() == 1 else losses.mean()
+        found = torch.autograd.grad(total, [*shifts, *method.parameters.values()], allow_unused=True)
+    activity = [torch.zeros_like(s) if g is None else g for s, g in zip(shifts, found[: len(shifts)], strict=True)]
+    scale = 1 / losses.numel() if total is not losses and method.per_sample and losses.dim() == 1 else 1.0
+    true = {name: g * scale for name, g in zip(method.parameters, found[len(shifts) :], strict=True) if g is not None}
+    with torch.no_grad():
+        per_sample = method.per_sample and losses.dim() == 1
+        rows: Tensor = torch.zeros((), dtype=losses.dtype)
+        for segment, g in zip(method.segments, activity, strict=True):
+            v = tangents.draw(segment.piece, g.dtype)
+            segment.tangents = [v]
+            if segment.input is not None:
+                segment.input = segment.input.detach()
+            each = v.flatten(1) @ g.flatten(1).T if method.shared else torch.einsum("kbm,bm->kb", v.flatten(2), g.flatten(1))
+            rows = rows + (each if per_sample else each.sum(1))
+        estimate = method.finish(tangents, fg.aggregate, losses.detach().mean(), per_sample, rows, fg.scaling_correction)
+        gradients = dict(method.gradients(tangents, estimate, inputs))
+    return Simulated(losses.detach().mean(), gradients, true, estimate)

@@ -1,0 +1,170 @@
+"""Weight perturbation: one tangent vector over all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .aggregate import Aggregate, Custom
+from .dual import DualTensor, SampledTangents
+from .estimate import Estimate, read_loss, solve
+from .functional import RandomNumbers
+from .tangents import Distribution, Piece, TangentSet
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class WeightPerturbation:
+    """Tangents over all trainable parameters, drawn inside the layers' kernels and replayed for the estimate.
+
+    Memory beyond one primal pass with k tangents of its activations: nothing that grows with the parameters, except where a
+    layer has no fused rule (its own tangents, while it runs) and for supplied tangents.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Any) -> None:
+        self.model = model
+        self.parameters = _trainable(model, wanted)
+        self.pieces: list[Piece] = []
+        offset = 0
+        for name, p in self.parameters.items():
+            self.pieces.append(Piece(name, tuple(p.shape), offset))
+            offset += p.numel()
+        self.total = offset
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def tangent_set(self, distribution: Distribution, k: int, seed: int, step: int) -> TangentSet:
+        return TangentSet(distribution, k, seed, step, self.device, self.total, self.pieces)
+
+    def derivatives(
+        self,
+        tangents: TangentSet,
+        aggregate: Aggregate | Custom,
+        loss_fn: Any,
+        inputs: Inputs,
+        target: Any,
+        *,
+        chunk_size: int | None,
+        correct_length: bool,
+        tangent_dtype: torch.dtype | None,
+    ) -> Estimate:
+        """One forward pass per chunk of tangents. Fills ``used``: the pieces that took part."""
+        k = tangents.k
+        size = k if chunk_size is None else min(chunk_size, k)
+        starts = range(0, k, size)
+        wants_gram = isinstance(aggregate, Aggregate) and (aggregate.needs_gram or tangents.distribution.mixed)
+        # With several chunks the kernels see only parts of the Gram matrix
+        grams: dict[int, Tensor] | None = {} if wants_gram and len(starts) == 1 else None
+        touched: set[int] = set()
+        columns: list[Tensor] = []
+        loss = torch.empty(0)
+        numbers = RandomNumbers(self.parameters.values()) if len(starts) > 1 else None
+        with torch.no_grad():
+            for first in starts:
+                if numbers is not None:
+                    numbers.rewind()
+                count = min(size, k - first)
+                state: dict[str, Any] = {
+                    piece.name: self._dual(tangents, piece, first, count, grams, touched, tangent_dtype)
+                    for piece in self.pieces
+                }
+                if first != starts[-1]:  # running statistics move once a step, with the last chunk
+                    state |= copied_buffers(self.model)
+                output = functional_call(self.model, state, *inputs)
+                value, moved = read_loss(loss_fn(output, target))
+                loss = value.mean()
+                columns.append(moved.reshape(count, -1).double().mean(1).to(moved.dtype))
+        self.used = [p for p in self.pieces if tangents.stored is not None or p.offset in touched]
+
+        def gram() -> Tensor:
+            parts = [grams[p.offset] if grams and p.offset in grams else tangents.gram(p) for p in self.used]
+            return torch.stack(parts).sum(0)
+
+        def stored() -> Tensor:
+            return torch.cat([tangents.draw(p, self.parameters[p.name].dtype).flatten(1) for p in self.used], 1)
+
+        n = sum(p.numel for p in self.used)
+        return solve(tangents, aggregate, loss, torch.cat(columns), gram, stored, n, correct_length)
+
+    def _dual(
+        self,
+        tangents: TangentSet,
+        piece: Piece,
+        first: int,
+        count: int,
+        grams: dict[int, Tensor] | None,
+        touched: set[int],
+        tangent_dtype: torch.dtype | None,
+    ) -> DualTensor:
+        p = self.parameters[piece.name]
+        if tangents.stored is not None:
+            return DualTensor(p, tangents.draw(piece, tangent_dtype or p.dtype, first, count))
+        base = tangents.distribution.base
+        sampled = SampledTangents(tangents.state, count, first, piece.offset, base, grams, touched, tangent_dtype)
+        return DualTensor.sampled_from(p, sampled)
+
+    def gradients(self, tangents: TangentSet, estimate: Estimate) -> Iterator[tuple[str, Tensor]]:
+        """The estimate, parameter by parameter; parameters that did not take part are left out."""
+        start = 0
+        for piece in self.used:
+            dtype = self.parameters[piece.name].dtype
+            if estimate.base_coefficients is not None:
+                yield piece.name, tangents.combine(piece, estimate.base_coefficients, dtype)
+            else:
+                assert estimate.custom is not None
+                yield piece.name, estimate.custom[start : start + piece.numel].view(piece.shape).to(dtype)
+            start += piece.numel
+
+    def update_(self, tangents: TangentSet, estimate: Estimate, lr: float) -> None:
+        """``p -= lr * estimate`` in place."""
+        if estimate.base_coefficients is None:
+            for name, g in self.gradients(tangents, estimate):
+                self.parameters[name].detach().sub_(g, alpha=lr)
+            return
+        for piece in self.used:
+            p = self.parameters[piece.name]
+            tangents.axpy_(p.detach(), piece, estimate.base_coefficients, -lr)
+            torch.autograd.graph.increment_version(p)
+
+
+def copied_buffers(model: nn.Module) -> dict[str, Any]:
+    """Stand-ins for the buffers in a pass that must not move running statistics."""
+    return {name: b.clone() for name, b in model.named_buffers()}
+
+
+def _trainable(model: nn.Module, wanted: Any) -> dict[str, Tensor]:
+    """Parameters by name that require grad, tied ones once, restricted to the modules that ``layers=`` means."""
+    chosen: set[int] | None = None
+    if wanted is not None:
+        chosen = {id(p) for group in wanted for _, module in group for p in module.parameters()}
+    found: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        if chosen is not None and id(p) not in chosen:
+            continue
+        if not p.is_floating_point() and (p.requires_grad or chosen is not None):
+            raise TypeError(
+                f"model: parameter {name} has dtype {p.dtype}; only real floating point parameters can be perturbed"
+            )
+        if p.requires_grad:
+            found[name] = p
+    check_parameters(model, found)
+    return found
+
+
+def check_parameters(model: nn.Module, found: dict[str, Tensor]) -> None:
+    """Raises where there is nothing to perturb or the parameters are not on one device."""
+    if not found:
+        names = [name for name, _ in model.named_parameters()]
+        why = "it has no parameters" if not names else f"none of {', '.join(names[:5])} that layers= selects requires grad"
+        raise ValueError(f"model: nothing to perturb: {why}")
+    devices = {p.device for p in found.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"model: its parameters are on several devices ({', '.join(sorted(map(str, devices)))}); one is needed"
+        )

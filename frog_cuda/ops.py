@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd, _functorch
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
-from . import _load
+from . import _autograd, _load
 
 _load.load()
+from . import _fakes  # noqa: E402, F401  # needs the schemas
+
+_above_autograd = _autograd.register("frog_cuda")
 _ops = torch.ops.frog_cuda
 
 #: name -> code of ``distribution``
@@ -44,8 +48,8 @@ def _guard(name: str, *tensors: Tensor | None) -> None:
         for t in tensors:
             if t is not None and forward_ad.unpack_dual(t).tangent is not None:
                 raise RuntimeError(
-                    f"frog_cuda.ops.{name}: got a torch.autograd.forward_ad dual tensor, whose tangent would be lost; "
-                    "pass primal and tangents as separate arguments, or use frog_cuda.jvp"
+                    f"frog_cuda.ops.{name}: got a forward-mode dual tensor (torch.autograd.forward_ad or torch.func.jvp), "
+                    "whose tangent would be lost; pass primal and tangents as separate arguments, or use frog_cuda.jvp"
                 )
     if _functorch.peek_interpreter_stack() is not None:
         for t in tensors:
@@ -153,6 +157,8 @@ def tangent_axpy_(
     code = _code(DISTRIBUTIONS, "distribution", distribution)
     with _AutoDispatchBelowAutograd():
         _ops.tangent_axpy_(self, state, coefficients, alpha, offset, first, code)
+    if not self.is_inference():
+        increment_version(self)  # so that a backward pass that still needs the old values says so
     return self
 
 

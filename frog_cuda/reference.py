@@ -96,7 +96,7 @@ def sample_tangents(
     offset: int = 0,
     first: int = 0,
     distribution: str = "normal",
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Tangents ``first .. first+k``, elements ``offset .. offset+numel``: float64 ``(k, numel)``."""
     if distribution == "standard_basis":
@@ -132,7 +132,7 @@ def tangent_combine(
     offset: int = 0,
     first: int = 0,
     distribution: str = "normal",
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``V c``: ``(numel,)``."""
     k = coefficients.numel()

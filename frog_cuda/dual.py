@@ -178,6 +178,8 @@ class DualTensor(torch.Tensor):
                 f"tensor of shape {tuple(self._primal.shape)} and dtype {self._primal.dtype}"
             )
         self._primal.copy_(primal)
+        if not self._primal.is_inference():  # below autograd nobody else counts the change
+            torch.autograd.graph.increment_version(self._primal)
         if self._tangents is not None:
             if tangents is None:
                 self._tangents.zero_()

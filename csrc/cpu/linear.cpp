@@ -93,7 +93,8 @@ void add_sampled_weight(const DrawSpec& spec, int64_t k, int64_t offset, const T
           draw(spec, k, start, nr * in, drawn_exact.data(), nr * in);
           gram(drawn_exact.data(), k, nr * in, nr * in, partial);
         }
-        for (int64_t p0 = 0; p0 < panels.count(); p0 += batch) {
+        // once even for an empty batch: the Gram does not depend on x
+        for (int64_t p0 = 0; p0 == 0 || p0 < panels.count(); p0 += batch) {
           const int64_t p1 = std::min(panels.count(), p0 + batch);
           std::fill(sums.begin(), sums.end(), T(0));
           for (int64_t c0 = 0; c0 < in; c0 += cols) {
@@ -305,8 +306,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   }
   if (sampled) {
     a.spec = draw_spec(kOp, *state, k, first, distribution);
-    if (weight_offset) check_range("linear_jvp (weight_offset)", 0, *weight_offset);
-    if (bias_offset) check_range("linear_jvp (bias_offset)", 0, *bias_offset);
+    if (weight_offset) check_range(kOp, out * in, *weight_offset, "weight_offset");
+    if (bias_offset) check_range(kOp, out, *bias_offset, "bias_offset");
   }
   a.weight_offset = weight_offset, a.bias_offset = bias_offset;
 

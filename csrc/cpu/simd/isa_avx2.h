@@ -30,6 +30,7 @@ struct F64 {
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
   }
 };
+inline F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 constexpr int kTileVectors = 2;  // 6 rows x 2 vectors of accumulators, 2 of x, 1 broadcast: 15 of 16 registers
@@ -77,46 +78,50 @@ inline void philox_words(const Schedule& s, uint64_t call, uint32_t tangent, __m
   *w23 = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
 }
 
-struct NormalGroup {
+struct PhiloxGroup {
   uint64_t call;
   void start(const Schedule&, uint64_t group) { call = group * kCallsPerGroup; }
-  // The 64 elements of the group for one tangent, in order: calls 0..3 fill the first half of each run of 16, 4..7 the
-  // second.
-  void draw(const Schedule& s, uint32_t tangent, F32 out[8]) const {
-    for (int half = 0; half < 2; ++half) {
-      __m256i w01, w23;
-      philox_words(s, call + 4 * half, tangent, &w01, &w23);
-      __m256 a, b;
-      normal_pairs(w01, &a, &b);
-      out[half].v = _mm256_unpacklo_ps(a, b);
-      out[2 + half].v = _mm256_unpackhi_ps(a, b);
-      normal_pairs(w23, &a, &b);
-      out[4 + half].v = _mm256_unpacklo_ps(a, b);
-      out[6 + half].v = _mm256_unpackhi_ps(a, b);
+  // out[n] receives the words of tangent + n.
+  template <int N>
+  void words(const Schedule& s, uint32_t tangent, GroupWords* out) const {
+    for (int n = 0; n < N; ++n) {
+      for (int half = 0; half < 2; ++half) {
+        __m256i w01, w23;
+        philox_words(s, call + 4 * half, tangent + static_cast<uint32_t>(n), &w01, &w23);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out[n].w + 8 * half), w01);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out[n].w + 16 + 8 * half), w23);
+      }
     }
   }
 };
 
-struct RademacherGroup {
-  uint64_t call;
-  void start(const Schedule&, uint64_t group) { call = group * kCallsPerGroup; }
-  // The 1024 sign bits of the group for one tangent, in order.
-  void bits(const Schedule& s, uint32_t tangent, uint32_t out[32]) const {
-    for (int half = 0; half < 2; ++half) {
-      __m256i w01, w23;
-      philox_words(s, call + 4 * half, tangent, &w01, &w23);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * half), w01);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16 + 8 * half), w23);
-    }
+// The 64 normal elements of a group, in order: calls 0..3 fill the first half of each run of 16, 4..7 the second.
+inline void normals(const GroupWords& words, F32 out[8]) {
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    __m256 a, b;
+    normal_pairs(_mm256_load_si256(reinterpret_cast<const __m256i*>(words.w + 8 * quarter)), &a, &b);
+    const int at = 4 * (quarter / 2) + quarter % 2;
+    out[at].v = _mm256_unpacklo_ps(a, b);
+    out[at + 2].v = _mm256_unpackhi_ps(a, b);
   }
-};
+}
 
-// +1 or -1 for the eight bits from bit `at` (a multiple of 8).
-inline F32 signs(const uint32_t* bits, int64_t at) {
-  const __m256i spread = _mm256_set1_epi32(static_cast<int>(bits[at / 32] >> (at % 32)));
+// +c or -c by the eight bits from bit `at` (a multiple of 8).
+inline F32 signed_by(const GroupWords& words, int64_t at, F32 c) {
+  const __m256i spread = _mm256_set1_epi32(static_cast<int>(words.w[at / 32] >> (at % 32)));
   const __m256i top = _mm256_sllv_epi32(spread, _mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31));
   const __m256i sign = _mm256_and_si256(top, _mm256_set1_epi32(INT32_MIN));
-  return {_mm256_xor_ps(_mm256_set1_ps(1.0f), _mm256_castsi256_ps(sign))};
+  return {_mm256_xor_ps(c.v, _mm256_castsi256_ps(sign))};
+}
+
+// +1 or -1 for the 32 bits of a word.
+inline void store_signs(uint32_t word, float* out) {
+  const __m256i spread = _mm256_set1_epi32(static_cast<int>(word));
+  for (int j = 0; j < 4; ++j) {
+    const __m256i up = _mm256_sub_epi32(_mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31), _mm256_set1_epi32(8 * j));
+    const __m256i sign = _mm256_and_si256(_mm256_sllv_epi32(spread, up), _mm256_set1_epi32(INT32_MIN));
+    _mm256_storeu_ps(out + 8 * j, _mm256_or_ps(_mm256_set1_ps(1.0f), _mm256_castsi256_ps(sign)));
+  }
 }
 
 }  // namespace frog::avx2

@@ -23,6 +23,7 @@ struct F64 {
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   double sum() const { return _mm512_reduce_add_pd(v); }
 };
+inline F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 constexpr int kTileVectors = 4;  // 6 rows x 4 vectors of accumulators, 4 of x, 1 broadcast: 29 of 32 registers
@@ -68,6 +69,7 @@ inline void normal_pairs(__m512i word, __m512* first, __m512* second) {
 // the 64-bit product itself serves as its own low word, and one shift gives the high word.
 struct PhiloxGroup {
   __m512i c2_1, c3_1, q1;  // after round 1, and the tangent-independent product of round 2
+  uint32_t call_high;
 
   // What the tangents of one group share: the first round and half of the second do not see the tangent index.
   void start(const Schedule& s, uint64_t group) {
@@ -78,65 +80,77 @@ struct PhiloxGroup {
     q1 = _mm512_mul_epu32(_mm512_set1_epi64(kPhiloxM1), c2_1);
     call_high = static_cast<uint32_t>((group * kCallsPerGroup) >> 32);
   }
-  uint32_t call_high;
 
-  // Words 0 and 1 (w01) and 2 and 3 (w23) of the eight calls, interleaved: lane 2 l and 2 l + 1 belong to call l.
-  void words(const Schedule& s, uint32_t tangent, __m512i* w01, __m512i* w23) const {
-    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * tangent;
-    const uint32_t c0_1 = static_cast<uint32_t>(p1 >> 32) ^ call_high ^ s.k0[0];
-    const uint64_t q0 = static_cast<uint64_t>(kPhiloxM0) * c0_1;
-    __m512i c0 = _mm512_xor_si512(_mm512_srli_epi64(q1, 32), _mm512_set1_epi64(static_cast<uint32_t>(p1) ^ s.k0[1]));
-    __m512i c1 = q1;
-    __m512i c2 = _mm512_xor_si512(c3_1, _mm512_set1_epi64(static_cast<uint32_t>(q0 >> 32) ^ s.k1[1]));
-    __m512i c3 = _mm512_set1_epi64(static_cast<uint32_t>(q0));
+  // out[n] receives the words of tangent + n. N chains of rounds run side by side: one alone waits for its own
+  // products.
+  template <int N>
+  void words(const Schedule& s, uint32_t tangent, GroupWords* out) const {
+    __m512i c0[N], c1[N], c2[N], c3[N];
     const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * (tangent + static_cast<uint32_t>(n));
+      const uint32_t c0_1 = static_cast<uint32_t>(p1 >> 32) ^ call_high ^ s.k0[0];
+      const uint64_t q0 = static_cast<uint64_t>(kPhiloxM0) * c0_1;
+      c0[n] = _mm512_xor_si512(_mm512_srli_epi64(q1, 32), _mm512_set1_epi64(static_cast<uint32_t>(p1) ^ s.k0[1]));
+      c1[n] = q1;
+      c2[n] = _mm512_xor_si512(c3_1, _mm512_set1_epi64(static_cast<uint32_t>(q0 >> 32) ^ s.k1[1]));
+      c3[n] = _mm512_set1_epi64(static_cast<uint32_t>(q0));
+    }
 #pragma GCC unroll 8
     for (int round = 2; round < kPhiloxRounds; ++round) {
-      const __m512i p0 = _mm512_mul_epu32(m0, c0);
-      const __m512i p1v = _mm512_mul_epu32(m1, c2);
-      c0 = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p1v, 32), c1, _mm512_set1_epi64(s.k0[round]), 0x96);
-      c2 = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(s.k1[round]), 0x96);
-      c1 = p1v;
-      c3 = p0;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const __m512i p0 = _mm512_mul_epu32(m0, c0[n]);
+        const __m512i p1 = _mm512_mul_epu32(m1, c2[n]);
+        c0[n] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p1, 32), c1[n], _mm512_set1_epi64(s.k0[round]), 0x96);
+        c2[n] = _mm512_ternarylogic_epi32(_mm512_srli_epi64(p0, 32), c3[n], _mm512_set1_epi64(s.k1[round]), 0x96);
+        c1[n] = p1;
+        c3[n] = p0;
+      }
     }
-    *w01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, _MM_PERM_CCAA);
-    *w23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, _MM_PERM_CCAA);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      _mm512_store_si512(out[n].w, _mm512_mask_shuffle_epi32(c0[n], 0xAAAA, c1[n], _MM_PERM_CCAA));
+      _mm512_store_si512(out[n].w + 16, _mm512_mask_shuffle_epi32(c2[n], 0xAAAA, c3[n], _MM_PERM_CCAA));
+    }
   }
 };
 
-struct NormalGroup {
-  PhiloxGroup philox;
-  void start(const Schedule& s, uint64_t group) { philox.start(s, group); }
-  // The 64 elements of the group for one tangent, in order.
-  void draw(const Schedule& s, uint32_t tangent, F32 out[4]) const {
-    __m512i w01, w23;
-    philox.words(s, tangent, &w01, &w23);
-    __m512 a, b;
-    normal_pairs(w01, &a, &b);
-    out[0].v = _mm512_unpacklo_ps(a, b);
-    out[1].v = _mm512_unpackhi_ps(a, b);
-    normal_pairs(w23, &a, &b);
-    out[2].v = _mm512_unpacklo_ps(a, b);
-    out[3].v = _mm512_unpackhi_ps(a, b);
-  }
-};
+// The 64 normal elements of a group, in order.
+inline void normals(const GroupWords& words, F32 out[4]) {
+  __m512 a, b;
+  normal_pairs(_mm512_load_si512(words.w), &a, &b);
+  out[0].v = _mm512_unpacklo_ps(a, b);
+  out[1].v = _mm512_unpackhi_ps(a, b);
+  normal_pairs(_mm512_load_si512(words.w + 16), &a, &b);
+  out[2].v = _mm512_unpacklo_ps(a, b);
+  out[3].v = _mm512_unpackhi_ps(a, b);
+}
 
-struct RademacherGroup {
-  PhiloxGroup philox;
-  void start(const Schedule& s, uint64_t group) { philox.start(s, group); }
-  // The 1024 sign bits of the group for one tangent, in order.
-  void bits(const Schedule& s, uint32_t tangent, uint32_t out[32]) const {
-    __m512i w01, w23;
-    philox.words(s, tangent, &w01, &w23);
-    _mm512_storeu_si512(out, w01);
-    _mm512_storeu_si512(out + 16, w23);
-  }
-};
+// +c or -c by the sixteen bits from bit `at` (a multiple of 16). Shifts, because moving bits into a mask register takes
+// longer.
+inline F32 signed_by(const GroupWords& words, int64_t at, F32 c) {
+  const __m512i spread = _mm512_set1_epi32(static_cast<int>(words.w[at / 32]));
+  const __m512i up = _mm512_sub_epi32(_mm512_set_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31),
+                                      _mm512_set1_epi32(at % 32));
+  const __m512i top = _mm512_sllv_epi32(spread, up);
+  // (top & sign) ^ c
+  return {_mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(top, _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(c.v), 0x6A))};
+}
 
-// +1 or -1 for the sixteen bits from bit `at` (a multiple of 16).
-inline F32 signs(const uint32_t* bits, int64_t at) {
-  const __mmask16 mask = static_cast<__mmask16>(bits[at / 32] >> (at % 32));
-  return {_mm512_mask_blend_ps(mask, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f))};
+// +1 or -1 for the 32 bits of a word. Half-width stores, which this loop is bound by, are the faster ones (Zen 4).
+inline void store_signs(uint32_t word, float* out) {
+  const __m256i spread = _mm256_set1_epi32(static_cast<int>(word));
+  const __m256i sign = _mm256_set1_epi32(INT32_MIN), one = _mm256_castps_si256(_mm256_set1_ps(1.0f));
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m256i up = _mm256_sub_epi32(_mm256_set_epi32(24, 25, 26, 27, 28, 29, 30, 31), _mm256_set1_epi32(8 * j));
+    const __m256i top = _mm256_sllv_epi32(spread, up);
+    // (top & sign) | one
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * j), _mm256_ternarylogic_epi32(top, sign, one, 0xEA));
+  }
 }
 
 }  // namespace frog::avx512

@@ -17,26 +17,59 @@ struct VectorOf<double> {
 
 // ---- drawing
 
-// Calls visit(i, group_start, from, to, values) for every tangent of every group that [start, start + count) touches;
-// values are the group's elements in order, of which [from, to) are wanted. Tangents are the inner loop: they share
-// part of Philox.
-template <class Visit>
-void for_each_normal_group(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, const Visit& visit) {
+// A tangent's part of a group: elements [from, to) of it are wanted; the group starts at element `at`, counted from the
+// start of the range asked for.
+struct Part {
+  int64_t i, at, from, to;
+};
+
+// Calls visit(parts, words, n) until every tangent of every group that [start, start + count) touches was seen, n <=
+// kBatch at a time, tangents innermost: they share part of Philox. A batch of words is drawn before it is visited:
+// Philox waits for integer products and visits for other units, so each is faster among its own kind.
+template <int64_t kGroup, int kBatch, class Visit>
+void for_each_batch(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, const Visit& visit) {
+  constexpr int kTogether = 4;
+  static_assert(kBatch % kTogether == 0, "a batch holds whole runs of tangents");
   const Schedule schedule(spec.seed, spec.step);
-  constexpr int kVectors = kNormalGroup / F32::kWidth;
+  Part parts[kBatch];
+  GroupWords words[kBatch];
+  int n = 0;
   const int64_t end = start + count;
-  for (int64_t group = start / kNormalGroup; group * kNormalGroup < end; ++group) {
-    const int64_t base = group * kNormalGroup;
+  for (int64_t group = start / kGroup; group * kGroup < end; ++group) {
+    const int64_t base = group * kGroup;
     const int64_t from = base < start ? start - base : 0;
-    const int64_t to = end - base < kNormalGroup ? end - base : kNormalGroup;
-    NormalGroup drawer;
+    const int64_t to = end - base < kGroup ? end - base : kGroup;
+    PhiloxGroup drawer;
     drawer.start(schedule, static_cast<uint64_t>(group));
-    for (int64_t i = 0; i < k; ++i) {
-      F32 values[kVectors];
-      drawer.draw(schedule, static_cast<uint32_t>(spec.first + i), values);
-      visit(i, base - start, from, to, values);
+    for (int64_t i = 0; i < k;) {
+      const uint32_t tangent = static_cast<uint32_t>(spec.first + i);
+      int drawn = 1;
+      if (k - i >= kTogether && n + kTogether <= kBatch) {
+        drawn = kTogether;
+        drawer.template words<kTogether>(schedule, tangent, words + n);
+      } else {
+        drawer.template words<1>(schedule, tangent, words + n);
+      }
+      for (const int64_t stop = i + drawn; i < stop; ++i) parts[n++] = {i, base - start, from, to};
+      if (n == kBatch) {
+        visit(parts, words, n);
+        n = 0;
+      }
     }
   }
+  if (n > 0) visit(parts, words, n);
+}
+
+// visit(part, values) with the 64 elements of each group
+template <class Visit>
+void for_each_normal_group(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, const Visit& visit) {
+  for_each_batch<kNormalGroup, 16>(spec, k, start, count, [&](const Part* parts, const GroupWords* words, int n) {
+    for (int j = 0; j < n; ++j) {
+      F32 values[kNormalGroup / F32::kWidth];
+      normals(words[j], values);
+      visit(parts[j], values);
+    }
+  });
 }
 
 inline void store_part(const F32* values, int64_t from, int64_t to, float* out) {
@@ -55,52 +88,31 @@ inline void store_part(const F32* values, int64_t from, int64_t to, double* out)
   for (int64_t j = from; j < to; ++j) out[j] = static_cast<double>(whole[j]);
 }
 
-// Calls visit(i, group_start, from, to, bits) with the 1024 sign bits of each group.
-template <class Visit>
-void for_each_rademacher_group(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, const Visit& visit) {
-  const Schedule schedule(spec.seed, spec.step);
-  const int64_t end = start + count;
-  for (int64_t group = start / kRademacherGroup; group * kRademacherGroup < end; ++group) {
-    const int64_t base = group * kRademacherGroup;
-    const int64_t from = base < start ? start - base : 0;
-    const int64_t to = end - base < kRademacherGroup ? end - base : kRademacherGroup;
-    RademacherGroup drawer;
-    drawer.start(schedule, static_cast<uint64_t>(group));
-    for (int64_t i = 0; i < k; ++i) {
-      uint32_t bits[kRademacherGroup / 32];
-      drawer.bits(schedule, static_cast<uint32_t>(spec.first + i), bits);
-      visit(i, base - start, from, to, bits);
-    }
-  }
-}
-
-inline float sign_of(const uint32_t* bits, int64_t j) { return (bits[j / 32] >> (j % 32)) & 1u ? -1.0f : 1.0f; }
+inline float sign_of(const GroupWords& words, int64_t j) { return (words.w[j / 32] >> (j % 32)) & 1u ? -1.0f : 1.0f; }
 
 template <class T>
-void store_signs(const uint32_t* bits, int64_t from, int64_t to, T* out) {
+void store_signs_part(const GroupWords& words, int64_t from, int64_t to, T* out) {
   int64_t j = from;
-  for (; j < to && j % 32 != 0; ++j) out[j] = static_cast<T>(sign_of(bits, j));
+  for (; j < to && j % 32 != 0; ++j) out[j] = static_cast<T>(sign_of(words, j));
   if constexpr (sizeof(T) == sizeof(float)) {
-    for (; j + 32 <= to; j += 32) {
-      for (int l = 0; l < 32; l += F32::kWidth) signs(bits, j + l).store(out + j + l);
-    }
+    for (; j + 32 <= to; j += 32) store_signs(words.w[j / 32], out + j);
   }
-  for (; j < to; ++j) out[j] = static_cast<T>(sign_of(bits, j));
+  for (; j < to; ++j) out[j] = static_cast<T>(sign_of(words, j));
 }
 
 template <class T>
 void draw(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, T* out, int64_t ld) {
   if (count <= 0) return;
   if (spec.distribution == kNormal) {
-    for_each_normal_group(spec, k, start, count,
-                          [=](int64_t i, int64_t at, int64_t from, int64_t to, const F32* values) {
-                            store_part(values, from, to, out + i * ld + at);
-                          });
+    for_each_normal_group(spec, k, start, count, [=](const Part& part, const F32* values) {
+      store_part(values, part.from, part.to, out + part.i * ld + part.at);
+    });
   } else if (spec.distribution == kRademacher) {
-    for_each_rademacher_group(spec, k, start, count,
-                              [=](int64_t i, int64_t at, int64_t from, int64_t to, const uint32_t* bits) {
-                                store_signs(bits, from, to, out + i * ld + at);
-                              });
+    for_each_batch<kRademacherGroup, 4>(spec, k, start, count, [=](const Part* parts, const GroupWords* words, int n) {
+      for (int j = 0; j < n; ++j) {
+        store_signs_part(words[j], parts[j].from, parts[j].to, out + parts[j].i * ld + parts[j].at);
+      }
+    });
   } else {
     for (int64_t i = 0; i < k; ++i) {
       for (int64_t j = 0; j < count; ++j) out[i * ld + j] = T(0);
@@ -124,14 +136,24 @@ inline void accumulate(const F32* drawn, double c, double* values) {
   for (int j = 0; j < kNormalGroup / F32::kWidth; ++j) drawn[j].store(whole + j * F32::kWidth);
   for (int j = 0; j < kNormalGroup; ++j) values[j] += c * static_cast<double>(whole[j]);
 }
-inline void accumulate_signs(const uint32_t* bits, float c, float* values) {
-  const F32 factor = F32::set(c);
-  for (int64_t j = 0; j < kRademacherGroup; j += F32::kWidth) {
-    fma(signs(bits, j), factor, F32::load(values + j)).store(values + j);
+// values[0..1024) += sum over N tangents of c * drawn, one after the other
+template <int N>
+inline void accumulate_signs(const GroupWords* words, const float* c, float* values) {
+  F32 factors[N];
+  for (int n = 0; n < N; ++n) factors[n] = F32::set(c[n]);
+  for (int64_t word = 0; word < kRademacherGroup; word += 32) {
+    for (int64_t j = word; j < word + 32; j += F32::kWidth) {
+      F32 sum = F32::load(values + j);
+      for (int n = 0; n < N; ++n) sum = add(sum, signed_by(words[n], j, factors[n]));
+      sum.store(values + j);
+    }
   }
 }
-inline void accumulate_signs(const uint32_t* bits, double c, double* values) {
-  for (int64_t j = 0; j < kRademacherGroup; ++j) values[j] += c * static_cast<double>(sign_of(bits, j));
+template <int N>
+inline void accumulate_signs(const GroupWords* words, const double* c, double* values) {
+  for (int64_t j = 0; j < kRademacherGroup; ++j) {
+    for (int n = 0; n < N; ++n) values[j] += sign_of(words[n], j) < 0 ? -c[n] : c[n];
+  }
 }
 
 template <class T>
@@ -147,28 +169,35 @@ void combine(const DrawSpec& spec, int64_t k, const T* c, int64_t start, int64_t
   }
   T values[kRademacherGroup];  // one group, summed over the tangents before it is written
   if (spec.distribution == kNormal) {
-    for_each_normal_group(spec, k, start, count,
-                          [&](int64_t i, int64_t at, int64_t from, int64_t to, const F32* drawn) {
-                            if (i == 0) {
-                              for (int64_t j = 0; j < kNormalGroup; ++j) values[j] = T(0);
-                            }
-                            accumulate(drawn, c[i], values);
-                            if (i == k - 1) {
-                              for (int64_t j = from; j < to; ++j) out[at + j] = values[j];
-                            }
-                          });
-  } else {
-    for_each_rademacher_group(spec, k, start, count,
-                              [&](int64_t i, int64_t at, int64_t from, int64_t to, const uint32_t* bits) {
-                                if (i == 0) {
-                                  for (int64_t j = 0; j < kRademacherGroup; ++j) values[j] = T(0);
-                                }
-                                accumulate_signs(bits, c[i], values);
-                                if (i == k - 1) {
-                                  for (int64_t j = from; j < to; ++j) out[at + j] = values[j];
-                                }
-                              });
+    for_each_normal_group(spec, k, start, count, [&](const Part& part, const F32* drawn) {
+      if (part.i == 0) {
+        for (int64_t j = 0; j < kNormalGroup; ++j) values[j] = T(0);
+      }
+      accumulate(drawn, c[part.i], values);
+      if (part.i == k - 1) {
+        for (int64_t j = part.from; j < part.to; ++j) out[part.at + j] = values[j];
+      }
+    });
+    return;
   }
+  for_each_batch<kRademacherGroup, 4>(spec, k, start, count, [&](const Part* parts, const GroupWords* words, int n) {
+    for (int done = 0; done < n;) {
+      const Part& part = parts[done];
+      if (part.i == 0) {
+        for (int64_t j = 0; j < kRademacherGroup; ++j) values[j] = T(0);
+      }
+      const bool four = done + 4 <= n && parts[done + 3].at == part.at;  // four tangents of one group
+      if (four) {
+        accumulate_signs<4>(words + done, c + part.i, values);
+      } else {
+        accumulate_signs<1>(words + done, c + part.i, values);
+      }
+      done += four ? 4 : 1;
+      if (parts[done - 1].i == k - 1) {
+        for (int64_t j = part.from; j < part.to; ++j) out[part.at + j] = values[j];
+      }
+    }
+  });
 }
 
 // ---- Gram

@@ -1,5 +1,5 @@
-// What a draw needs of seed and step, spread out once per call: the ten round keys. In the instruction set's own
-// namespace.
+// What a draw needs of seed and step, spread out once per call: the ten round keys; and the words of a group. In the
+// instruction set's own namespace.
 #pragma once
 
 namespace frog::FROG_ISA {
@@ -19,6 +19,12 @@ struct Schedule {
       b += kPhiloxW1;
     }
   }
+};
+
+// The words of the eight Philox calls of a group for one tangent: word w of call c at 16 (w / 2) + 2 c + w % 2, so that
+// a Rademacher group is these 1024 bits in order.
+struct GroupWords {
+  alignas(64) uint32_t w[4 * kCallsPerGroup];
 };
 
 }  // namespace frog::FROG_ISA

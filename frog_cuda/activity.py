@@ -24,6 +24,7 @@ from .dual import add_activity, primal_of
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
 from .layers import Group
+from .local import local_gradient
 from .tangents import Distribution, Piece, StandardBasis, Supplied, TangentSet
 from .weight import Inputs, check_parameters, copied_buffers
 
@@ -53,7 +54,6 @@ class ActivityPerturbation:
         self._names = {id(p): name for name, p in self.parameters.items()}
         check_parameters(model, self.parameters)
         self.segments: list[Segment] = []
-        self._records = any(g.linear is None for g in groups)
 
     @property
     def device(self) -> torch.device:
@@ -97,8 +97,7 @@ class ActivityPerturbation:
         columns: list[Tensor] = []
         kept: list[list[Tensor]] = []
         loss = value = torch.empty(0)
-        if len(starts) > 1 or self._records:
-            self._numbers = RandomNumbers(self.parameters.values())
+        self._numbers = RandomNumbers(self.parameters.values())
         for first in starts:
             count = min(size, k - first)
             if first > 0:
@@ -182,26 +181,33 @@ class ActivityPerturbation:
         replayed: list[tuple[Segment, Tensor]] = []
         start = 0
         for segment in self.segments:
-            layer = segment.group.linear
             width = segment.piece.numel * (segment.batch if self.shared and estimate.directional_derivatives.dim() == 1 else 1)
-            if segment.input is not None and layer is not None:
-                if segment.input._version != segment.version:
-                    raise RuntimeError(
-                        f"layers: the input of {segment.piece.name} was modified in place after the layer read it; its "
-                        "gradient cannot be computed"
-                    )
-                parts = self._linear(layer, segment.input, segment, estimate, start, width)
-                for p, g in zip((layer.weight, layer.bias), parts, strict=True):
-                    if g is not None:
-                        name = self._names[id(p)]
-                        found[name] = found[name] + g if name in found else g
-            else:
+            if segment.input is None:
                 replayed.append((segment, self._activity_gradient(segment, estimate, start, width)))
+            else:
+                for p, g in self._direct(segment, segment.input, estimate, start, width):
+                    name = self._names[id(p)]
+                    found[name] = found[name] + g if name in found else g
             start += width
         if replayed:
             for name, g in self._recorded(replayed, inputs):
                 found[name] = found[name] + g if name in found else g
         yield from found.items()
+
+    def _direct(
+        self, segment: Segment, x: Tensor, estimate: Estimate, start: int, width: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        rule, layer = segment.group.rule, segment.group.output
+        assert rule is not None
+        if x._version != segment.version:
+            raise RuntimeError(
+                f"layers: the input of {segment.piece.name} was modified in place after the layer read it; its gradient "
+                "cannot be computed"
+            )
+        v = _joined(segment)
+        if self.shared and estimate.custom is None and v.shape[0] < segment.batch:
+            return local_gradient(layer, rule, x, self._weights(segment, estimate, x.dtype), v)
+        return local_gradient(layer, rule, x, None, self._activity_gradient(segment, estimate, start, width))
 
     def _weights(self, segment: Segment, estimate: Estimate, dtype: torch.dtype) -> Tensor:
         """(k, B): how much of each tangent the mean loss's gradient holds in each row."""
@@ -221,29 +227,6 @@ class ActivityPerturbation:
         if self.shared:
             return (weights.T @ v.flatten(1)).view(shape)
         return torch.einsum("kb,kbm->bm", weights, v.flatten(2)).view(shape)
-
-    def _linear(
-        self, layer: nn.Linear, x: Tensor, segment: Segment, estimate: Estimate, start: int, width: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and bias of ``y = x W^T + b``.
-
-        With shared tangents the gradient of y is ``C^T V``, of rank at most k, so ``(C^T V)^T x = V^T (C x)`` costs k rows
-        instead of B.
-        """
-        k, rows = sum(v.shape[0] for v in segment.tangents), x.shape[:-1].numel() // max(segment.batch, 1)
-        cheap = k * (segment.batch * x.shape[-1] + x.shape[-1] * layer.out_features)
-        dense = segment.batch * (k * layer.out_features + x.shape[-1] * layer.out_features)
-        if self.shared and estimate.custom is None and cheap < dense:
-            v = _joined(segment).reshape(k, rows, layer.out_features).to(x.dtype)
-            weights = self._weights(segment, estimate, x.dtype)
-            left, right = v.flatten(0, 1), (weights @ x.reshape(segment.batch, -1)).view(k * rows, -1)
-            db = (weights.sum(1) @ v.sum(1)) if layer.bias is not None and layer.bias.requires_grad else None
-        else:
-            dy = self._activity_gradient(segment, estimate, start, width).to(x.dtype)
-            left, right = dy.reshape(-1, layer.out_features), x.reshape(-1, x.shape[-1])
-            db = left.sum(0) if layer.bias is not None and layer.bias.requires_grad else None
-        dw = left.T @ right if layer.weight.requires_grad else None
-        return dw, db
 
     def _recorded(self, wanted: list[tuple[Segment, Tensor]], inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         """Layer-local gradients of arbitrary layers: the plain pass again, autograd on, cut at each layer's output."""
@@ -295,7 +278,9 @@ class ActivityPerturbation:
         shape = tuple(y.shape[1:] if self.shared else y.shape)
         piece = Piece(group.name, shape, self._offset)
         self._offset += math.prod(shape)
-        x = primal_of(args[0]) if group.linear is not None and args else None
+        x = primal_of(args[0]) if group.rule is not None and args else None
+        if x is not None and x.dim() != y.dim():
+            x = None
         segment = Segment(group, piece, y.shape[0], x, x._version if x is not None else 0, [])
         self.segments.append(segment)
         y = perturb(segment, y)

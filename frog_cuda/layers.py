@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .local import LocalRule, local_rule
+
 Named = tuple[str, nn.Module]
 
 
@@ -24,9 +26,8 @@ class Group:
         self.parameters: list[Tensor] = []
         for _, module in self.modules:
             self.parameters += [p for p in module.parameters() if p.requires_grad and not any(p is q for q in self.parameters)]
-        # The one layer whose gradient needs no second pass; a subclass may compute something else
-        alone = len(self.modules) == 1 and type(self.output) is nn.Linear
-        self.linear: nn.Linear | None = self.output if alone and isinstance(self.output, nn.Linear) else None
+        #: how a single layer gets its gradient without a second pass; None where that is not known
+        self.rule: LocalRule | None = local_rule(self.output) if len(self.modules) == 1 else None
 
 
 def select(model: nn.Module, layers: Any) -> list[list[Named]]:

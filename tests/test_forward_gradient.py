@@ -407,7 +407,7 @@ def test_custom_aggregation(perturb):
 
     def custom(v, d):
         shapes.append((tuple(v.shape), tuple(d.shape)))
-        return (v.T @ torch.linalg.solve(v @ v.T, d)).T
+        return torch.linalg.solve(v @ v.T, d).t() @ v  # (n,) or (B, n)
 
     for options in (dict(), dict(tangents="sphere"), dict(per_sample=False), dict(per_sample=False, shared_across_batch=False)):
         own = frog.ForwardGradient(mlp(), per_sample, k=K, perturb=perturb, aggregate=custom, **options)

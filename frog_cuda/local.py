@@ -1,0 +1,184 @@
+"""Layer-local gradients in closed form, for layers that need no second pass.
+
+A layer's parameters get ``sum_b J(f_b, g_b)`` over the rows b of the batch, with ``f`` the layer's input or something computed
+from it, ``g`` the gradient of the layer's output, and ``J`` bilinear. With tangents shared across the batch, ``g_b = sum_i C_ib
+v_i`` has rank at most k, so the sum equals ``sum_i J(sum_b C_ib f_b, v_i)``: k rows instead of B, and g is never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["LocalRule", "local_gradient", "local_rule"]
+
+
+@dataclass(frozen=True)
+class LocalRule:
+    """How a layer with parameters ``weight`` and ``bias`` gets its gradient.
+
+    Attributes:
+        features: (layer, x (B, *in)) -> f (B, *): what the gradient of the weight is bilinear in.
+        weight: (layer, f (R, *), g (R, *out)) -> gradient of the weight, summed over the R rows.
+        bias: (layer, g (R, *out)) -> gradient of the bias for each row, (R, *bias.shape).
+    """
+
+    features: Callable[[Any, Tensor], Tensor]
+    weight: Callable[[Any, Tensor, Tensor], Tensor]
+    bias: Callable[[Any, Tensor], Tensor]
+
+
+def local_rule(module: nn.Module) -> LocalRule | None:
+    """The rule of exactly this type of layer; a subclass may compute something else, so it has none."""
+    return _RULES.get(type(module))
+
+
+def local_gradient(
+    layer: Any, rule: LocalRule, x: Tensor, weights: Tensor | None, g: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gradients of ``layer.weight`` and ``layer.bias``, those that require grad.
+
+    Arguments:
+        x: the layer's input, (B, *in).
+        weights: C, (k, B), where ``g`` holds the k tangents of the output, (k, *out); None where it is the gradient, (B, *out).
+    Returns:
+        pairs (parameter, gradient).
+    """
+    g = g.to(x.dtype)
+    if layer.weight is not None and layer.weight.requires_grad:
+        f = rule.features(layer, x)
+        if weights is not None:
+            f = (weights @ f.flatten(1)).view(weights.shape[0], *f.shape[1:])
+        yield layer.weight, rule.weight(layer, f, g)
+    bias = getattr(layer, "bias", None)
+    if bias is not None and bias.requires_grad:
+        rows = rule.bias(layer, g)
+        yield bias, rows.sum(0) if weights is None else (weights.sum(1) @ rows.flatten(1)).view(rows.shape[1:])
+
+
+def _same(layer: nn.Module, x: Tensor) -> Tensor:
+    return x
+
+
+def _linear_weight(layer: nn.Linear, f: Tensor, g: Tensor) -> Tensor:
+    return g.reshape(-1, g.shape[-1]).T @ f.reshape(-1, f.shape[-1])
+
+
+def _sum_to_last(layer: nn.Module, g: Tensor) -> Tensor:
+    return g if g.dim() == 2 else g.flatten(1, -2).sum(1)
+
+
+def _sum_to_channels(layer: nn.Module, g: Tensor) -> Tensor:
+    return g if g.dim() == 2 else g.flatten(2).sum(2)
+
+
+def _padded(layer: Any, x: Tensor) -> Tensor:
+    if layer.padding_mode == "zeros":
+        return x
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+
+
+def _convolution_weight(layer: Any, f: Tensor, g: Tensor) -> Tensor:
+    transposed = layer.transposed
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        padding = (0,) * len(layer.kernel_size)
+    elif isinstance(padding, str):
+        # 'same' and 'valid': the library's backward takes symmetric numbers only
+        if padding == "same":
+            f = F.pad(f, layer._reversed_padding_repeated_twice)
+        padding = (0,) * len(layer.kernel_size)
+    return torch.ops.aten.convolution_backward(
+        g.contiguous(),
+        f,
+        layer.weight,
+        None,
+        layer.stride,
+        padding,
+        layer.dilation,
+        transposed,
+        layer.output_padding,
+        layer.groups,
+        (False, True, False),
+    )[1]
+
+
+def _transposed_weight(layer: Any, f: Tensor, g: Tensor) -> Tensor:
+    # output_size= may have chosen another padding of the output than the layer's own
+    spatial = range(len(layer.kernel_size))
+    smallest = [
+        (f.shape[2 + j] - 1) * layer.stride[j] - 2 * layer.padding[j] + layer.dilation[j] * (layer.kernel_size[j] - 1) + 1
+        for j in spatial
+    ]
+    output_padding = [g.shape[2 + j] - smallest[j] for j in spatial]
+    return torch.ops.aten.convolution_backward(
+        g.contiguous(),
+        f,
+        layer.weight,
+        None,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        True,
+        output_padding,
+        layer.groups,
+        (False, True, False),
+    )[1]
+
+
+def _layer_normalised(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, layer.normalized_shape, None, None, layer.eps)
+
+
+def _rms_normalised(layer: nn.RMSNorm, x: Tensor) -> Tensor:
+    return F.rms_norm(x, layer.normalized_shape, None, layer.eps)
+
+
+def _group_normalised(layer: nn.GroupNorm, x: Tensor) -> Tensor:
+    return F.group_norm(x, layer.num_groups, None, None, layer.eps)
+
+
+def _batch_normalised(layer: Any, x: Tensor) -> Tensor:
+    if layer.training or layer.running_mean is None:
+        return F.batch_norm(x, None, None, None, None, True, 0.0, layer.eps)
+    return F.batch_norm(x, layer.running_mean, layer.running_var, None, None, False, 0.0, layer.eps)
+
+
+def _over_elements(layer: Any, f: Tensor, g: Tensor) -> Tensor:
+    shape = layer.weight.shape
+    product = f * g
+    return product.reshape(-1, *shape).sum(0)
+
+
+def _over_elements_bias(layer: Any, g: Tensor) -> Tensor:
+    return g.reshape(g.shape[0], -1, *layer.bias.shape).sum(1)
+
+
+def _over_channels(layer: Any, f: Tensor, g: Tensor) -> Tensor:
+    return (f * g).transpose(0, 1).flatten(1).sum(1)
+
+
+_CONVOLUTION = LocalRule(_padded, _convolution_weight, _sum_to_channels)
+_TRANSPOSED = LocalRule(_same, _transposed_weight, _sum_to_channels)
+_BATCH_NORM = LocalRule(_batch_normalised, _over_channels, _sum_to_channels)
+
+_RULES: dict[type[nn.Module], LocalRule] = {
+    nn.Linear: LocalRule(_same, _linear_weight, _sum_to_last),
+    nn.Conv1d: _CONVOLUTION,
+    nn.Conv2d: _CONVOLUTION,
+    nn.Conv3d: _CONVOLUTION,
+    nn.ConvTranspose1d: _TRANSPOSED,
+    nn.ConvTranspose2d: _TRANSPOSED,
+    nn.ConvTranspose3d: _TRANSPOSED,
+    nn.LayerNorm: LocalRule(_layer_normalised, _over_elements, _over_elements_bias),
+    nn.RMSNorm: LocalRule(_rms_normalised, _over_elements, _over_elements_bias),
+    nn.GroupNorm: LocalRule(_group_normalised, _over_channels, _sum_to_channels),
+    nn.BatchNorm1d: _BATCH_NORM,
+    nn.BatchNorm2d: _BATCH_NORM,
+    nn.BatchNorm3d: _BATCH_NORM,
+}

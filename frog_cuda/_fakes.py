@@ -5,50 +5,68 @@ Every result of every operator is contiguous. Values and shapes are checked by t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
 
-@register_fake("frog_cuda::sample_tangents")
+def _fake(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers ``body`` for the operator of its name.
+
+    A meta tensor among real ones also ends up here and would turn into an uninitialised real result, hence the check.
+    """
+
+    def checked(*args: Any) -> Any:
+        devices = {str(t.device) for t in args if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{body.__name__}: arguments are on {' and '.join(sorted(devices))}; all must be on one device")
+        return body(*args)
+
+    torch.library.register_fake(f"frog_cuda::{body.__name__}", checked)
+    return body
+
+
+@_fake
 def sample_tangents(
     state: Tensor, k: int, numel: int, offset: int, first: int, distribution: int, dtype: torch.dtype
 ) -> Tensor:
     return state.new_empty((k, numel), dtype=dtype)
 
 
-@register_fake("frog_cuda::tangent_gram")
+@_fake
 def tangent_gram(state: Tensor, k: int, numel: int, offset: int, first: int, distribution: int) -> Tensor:
     return state.new_empty((k, k), dtype=torch.float64)
 
 
-@register_fake("frog_cuda::gram")
+@_fake
 def gram(tangents: Tensor) -> Tensor:
     k = tangents.shape[0]
     return tangents.new_empty((k, k), dtype=torch.float64)
 
 
-@register_fake("frog_cuda::tangent_combine")
+@_fake
 def tangent_combine(
     state: Tensor, coefficients: Tensor, numel: int, offset: int, first: int, distribution: int, dtype: torch.dtype
 ) -> Tensor:
     return state.new_empty((numel,), dtype=dtype)
 
 
-@register_fake("frog_cuda::tangent_axpy_")
+@_fake
 def tangent_axpy_(
     self: Tensor, state: Tensor, coefficients: Tensor, alpha: float, offset: int, first: int, distribution: int
 ) -> None:
     return None
 
 
-@register_fake("frog_cuda::cholesky_project")
+@_fake
 def cholesky_project(gram: Tensor, derivatives: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
     coefficients = derivatives.new_empty(derivatives.shape, dtype=torch.float64)
     return coefficients, gram.new_empty(gram.shape[:-2], dtype=torch.int64)
 
 
-@register_fake("frog_cuda::linear_jvp")
+@_fake
 def linear_jvp(
     x: Tensor,
     dx: Tensor | None,
@@ -73,24 +91,24 @@ def linear_jvp(
     return y, _like(y, k, x if dx is None else dx), x.new_empty((side, side), dtype=torch.float64)
 
 
-@register_fake("frog_cuda::pointwise_jvp")
+@_fake
 def pointwise_jvp(
     x: Tensor, dx: Tensor | None, activity: Tensor | None, function: int, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _tangents(x, dx, activity)
 
 
-@register_fake("frog_cuda::softmax_jvp")
+@_fake
 def softmax_jvp(x: Tensor, dx: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _tangents(x, dx)
 
 
-@register_fake("frog_cuda::log_softmax_jvp")
+@_fake
 def log_softmax_jvp(x: Tensor, dx: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _tangents(x, dx)
 
 
-@register_fake("frog_cuda::cross_entropy_jvp")
+@_fake
 def cross_entropy_jvp(
     logits: Tensor, dlogits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
@@ -98,12 +116,12 @@ def cross_entropy_jvp(
     return loss, _tangents(loss, dlogits)
 
 
-@register_fake("frog_cuda::mse_jvp")
+@_fake
 def mse_jvp(input: Tensor, dinput: Tensor | None, target: Tensor, dtarget: Tensor | None) -> tuple[Tensor, Tensor]:
     return input.new_empty(input.shape), _tangents(input, dinput, dtarget)
 
 
-@register_fake("frog_cuda::bce_jvp")
+@_fake
 def bce_jvp(
     input: Tensor, dinput: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, with_logits: bool
 ) -> tuple[Tensor, Tensor]:

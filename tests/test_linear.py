@@ -161,8 +161,8 @@ def test_wide_and_tall(dtype):
     [
         (33, 9, 1025, 8),  # six rows of 33 tangents no longer fit the cache: columns are drawn in blocks
         (16, 70, 3001, 7),
-        (512, 700, 33, 7),  # the running sums of 512 tangents do not fit: rows of x go in batches, tangents are drawn again
-        (520, 700, 300, 3),  # both
+        (130, 1500, 33, 7),  # the running sums of 130 tangents do not fit: rows of x go in batches, tangents are drawn again
+        (130, 1500, 300, 3),  # both
     ],
 )
 def test_blocks_of_columns_and_batches_of_rows(k, rows, size, out, distribution):

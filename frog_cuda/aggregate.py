@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .tangents import Distribution
+from .tangents import Distribution, check_count, is_real
+from .tangents import resolve as resolve_tangents
 
 __all__ = [
     "Aggregate",
@@ -61,7 +62,8 @@ class Aggregate:
             ValueError: no closed form.
         """
         raise ValueError(
-            f"scaling_correction: no closed form for {type(self).__name__}; it exists for orthogonal, mean and sum"
+            f"scaling_correction: no closed form for {type(self).__name__}; it exists for orthogonal, mean, sum and "
+            "mean_times_dim"
         )
 
 
@@ -119,6 +121,10 @@ class Orthogonal(Aggregate):
     rtol: float | None = None
     needs_gram: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.rtol is not None and not (is_real(self.rtol) and 0 <= self.rtol < 1):
+            raise ValueError(f"Orthogonal: rtol is {self.rtol!r}; expected a number in [0, 1), or None")
+
     def coefficients(
         self, gram: Tensor | None, derivatives: Tensor, n: int, dtype: torch.dtype = torch.float64
     ) -> tuple[Tensor, Tensor | None]:
@@ -133,11 +139,11 @@ class Orthogonal(Aggregate):
         return ops.cholesky_project(gram, derivatives, rtol=rtol)
 
     def length(self, distribution: Distribution, k: int, n: int) -> float:
+        distribution.energy(k, n)  # raises where nothing is known about the tangents
         if k >= n:
             return 1.0
         if distribution.uniform_span:  # E|P_U g| / |g| = E[chi_k] / E[chi_n]
             return mean_chi(k) / mean_chi(n)
-        distribution.energy(k, n)  # raises where nothing is known about the tangents
         return math.sqrt(k / n)  # E[P_U] = k/n I by symmetry, so E|P_U g|^2 = k/n |g|^2
 
 
@@ -245,6 +251,9 @@ def combine(spec: Any, tangents: Tensor, derivatives: Tensor) -> Tensor:
         derivatives: ``(k,)``, or ``(k, B)`` for B gradients that share the tangents.
     Returns:
         ``(n,)``, or ``(B, n)``, in the tangents' dtype.
+    Raises:
+        TypeError: not a tensor, or not of a floating point dtype.
+        ValueError: shapes that do not fit; a name of ``spec`` that is not known.
 
     >>> g = torch.tensor([3.0, -1.0, 2.0])
     >>> v = torch.randn(3, 3)
@@ -252,34 +261,51 @@ def combine(spec: Any, tangents: Tensor, derivatives: Tensor) -> Tensor:
     True
     """
     how = resolve(spec)
-    if tangents.dim() != 2 or derivatives.dim() not in (1, 2) or derivatives.shape[0] != tangents.shape[0]:
+    for name, value in (("tangents", tangents), ("derivatives", derivatives)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            what = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"combine: {name} is {what}; expected a floating point tensor")
+    if tangents.dim() != 2 or derivatives.dim() not in (1, 2) or not len(derivatives) == len(tangents) >= 1:
         raise ValueError(
             f"combine: tangents and derivatives have shapes {tuple(tangents.shape)} and {tuple(derivatives.shape)}; expected "
-            "(k, n), and (k,) or (k, B)"
+            "(k, n), and (k,) or (k, B), with k >= 1"
         )
     if not isinstance(how, Aggregate):
         return how(tangents, derivatives)
     gram = ops.gram(tangents) if how.needs_gram else None
     c, _ = how.coefficients(gram, derivatives.double(), tangents.shape[1], derivatives.dtype)
-    return c.T.to(tangents.dtype) @ tangents
+    return (c if c.dim() == 1 else c.T).to(tangents.dtype) @ tangents
 
 
-def scaling_correction(spec: Any, distribution: Distribution, k: int, n: int) -> float:
+def scaling_correction(spec: Any, distribution: Any, k: int, n: int) -> float:
     """The factor that gives the estimate the length of the gradient on average: ``1 / E[|g_hat| / |g|]``.
 
     For P_U the expectation is exact, ``E[chi_k] / E[chi_n]``, wherever the span is uniformly distributed; for Rademacher and
     standard basis tangents, mean and sum it is the root of ``E[|g_hat|^2] / |g|^2``, which is exact as such. Derived for every
-    distribution from its moments, see :meth:`frog_cuda.tangents.Distribution.energy`.
+    distribution from its moments, see :meth:`frog_cuda.tangents.Distribution.energy`. For P_U the k tangents are taken to be
+    independent; Rademacher tangents of few elements are not always (two are equal or opposite with probability ``2^(1 - n)``).
 
+    Arguments:
+        spec: anything that ``aggregate=`` accepts.
+        distribution: anything that ``tangents=`` accepts.
+        k, n: number of tangents, and of their elements.
     Raises:
+        TypeError, ValueError: an argument is not accepted.
         ValueError: no closed form (max and its relatives, supplied tangents, custom aggregations).
+
+    >>> round(scaling_correction("mean", "normal", 4, 9995), 3)
+    0.02
     """
-    how = resolve(spec)
+    how, distribution = resolve(spec), resolve_tangents(distribution)
+    k, n = check_count("k", k), check_count("n", n)
+    distribution.check(k, n)
     if not isinstance(how, Aggregate):
         raise ValueError("scaling_correction: no closed form for a custom aggregation")
     return 1.0 / how.length(distribution, k, n)
 
 
 def mean_chi(k: int) -> float:
-    """Expected length of a standard normal vector of k elements."""
+    """Expected length of a standard normal vector of k elements, ``sqrt(2) Gamma((k + 1) / 2) / Gamma(k / 2)``."""
+    if k >= 100:  # Stirling series; the difference of two log-gammas would lose digits: at k = 1e12, all but three
+        return math.sqrt(k) * (1 - (1 / 4 - (1 / 32 + (5 / 128 - (21 / 2048 + 399 / 8192 / k) / k) / k) / k) / k)
     return math.sqrt(2) * math.exp(math.lgamma((k + 1) / 2) - math.lgamma(k / 2))

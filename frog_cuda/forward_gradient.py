@@ -194,7 +194,7 @@ class ForwardGradient:
         """Goes on where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: seed or step are missing or not accepted.
+            TypeError, ValueError: seed or step are missing or not accepted.
         """
         if set(state) != {"seed", "step"}:
             raise ValueError(f"load_state_dict: state has keys {sorted(state)}; expected 'seed' and 'step'")

@@ -11,6 +11,7 @@ Flügel et al., arXiv 2410.17764, section 3 (normal tangents), 4.1 (normalised o
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -140,7 +141,7 @@ class Cone(_Unit):
     angle: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.angle, (int, float)) or not 0 < self.angle <= 90:
+        if not is_real(self.angle) or not 0 < self.angle <= 90:
             raise ValueError(f"Cone: angle is {self.angle!r}; expected degrees in (0, 90]")
 
     def check(self, k: int, n: int) -> None:
@@ -191,7 +192,7 @@ class VaryingLength(Distribution):
     mixed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.low <= self.high < math.inf:
+        if not (is_real(self.low) and is_real(self.high) and 0 < self.low <= self.high < math.inf):
             raise ValueError(f"VaryingLength: low and high are {self.low!r} and {self.high!r}; expected 0 < low <= high")
 
     def mixing(self, gram: Tensor, seed: int, step: int) -> Tensor:
@@ -343,7 +344,8 @@ class TangentSet:
         """``Z c`` on a piece: (*shape); coefficients (k,) float64."""
         if self.stored is not None:
             tangents = self.stored[piece.name]
-            return (coefficients.to(tangents.dtype) @ tangents.flatten(1)).view(piece.shape).to(dtype)
+            wide = torch.promote_types(tangents.dtype, dtype)
+            return (coefficients.to(wide) @ tangents.flatten(1).to(wide)).view(piece.shape).to(dtype)
         flat = ops.tangent_combine(
             self.state,
             coefficients,
@@ -387,12 +389,16 @@ def sample(
     Returns:
         ``(k, n)``, row i is tangent i.
     Raises:
-        ValueError: k < 1, n < 1, unknown name, or k tangents of this kind do not exist in n dimensions.
+        TypeError: k, n, seed or step is no integer, dtype is no floating point dtype, or ``spec`` is nothing that is accepted.
+        ValueError: k < 1, n < 1, seed or step out of range, unknown name, supplied tangents that do not fit, or k tangents of
+            this kind do not exist in n dimensions.
 
     >>> v = sample("orthonormal", 3, 10, dtype=torch.float64)
     >>> torch.allclose(v @ v.T, torch.eye(3, dtype=torch.float64))
     True
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype!r}; expected a floating point torch.dtype")
     k, seed, step = check_count("k", k), check_seed(seed), check_step(step)
     piece = Piece("x", (check_count("n", n),), 0)
     drawn = TangentSet(resolve(spec), k, seed, step, torch.device(device), n, [piece])
@@ -401,25 +407,38 @@ def sample(
     return base if mixing is None else (mixing.T @ base.double()).to(dtype)
 
 
+def is_real(value: Any) -> bool:
+    """A number that may be NaN or infinite; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: Any) -> int:
     """An integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected an integer >= 1")
+    value = _integer(name, value, "an integer >= 1")
     if value < 1:
         raise ValueError(f"{name} is {value}; expected an integer >= 1")
-    return int(value)
+    return value
 
 
 def check_seed(value: Any) -> int:
     """Any 64-bit integer, signed or unsigned, as a signed one."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not -(2**63) <= value < 2**64:
-        raise ValueError(f"seed is {value!r}; expected a 64-bit integer")
-    return int(value) - 2**64 if value >= 2**63 else int(value)
+    value = _integer("seed", value, "a 64-bit integer")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"seed is {value}; expected a 64-bit integer")
+    return value - 2**64 if value >= 2**63 else value
 
 
 def check_step(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**32:
-        raise ValueError(f"step is {value!r}; expected an integer in [0, 2^32)")
+    """An integer in [0, 2^32)."""
+    value = _integer("step", value, "an integer in [0, 2^32)")
+    if not 0 <= value < 2**32:
+        raise ValueError(f"step is {value}; expected an integer in [0, 2^32)")
+    return value
+
+
+def _integer(name: str, value: Any, expected: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected {expected}")
     return int(value)
 
 

@@ -18,6 +18,7 @@ using torch::headeronly::Half;
 
 /// Checks the arguments that say which tangents are meant. `state` must outlive the result.
 inline DrawSpec draw_spec(const char* op, const Tensor& state, int64_t k, int64_t first, int64_t distribution) {
+  simd();  // chosen before any parallel loop: from inside one, the message about a wrong choice would be lost
   check_k(op, k);
   check_cpu(op, "state", state);
   check_dtype(op, "state", state, ScalarType::Long);

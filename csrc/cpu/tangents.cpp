@@ -102,6 +102,7 @@ Tensor gram_of(const Tensor& tangents_) {
   STD_TORCH_CHECK(tangents_.dim() == 2, op, ": tangents has shape ", shape_string(tangents_), ", expected (k, n)");
   const int64_t k = tangents_.size(0), n = tangents_.size(1);
   check_k(op, k);
+  simd();                                                        // as in draw_spec
   const Tensor tangents = torch::stable::contiguous(tangents_);  // [k, n]
   Tensor out;
   dispatch_floating(op, tangents.scalar_type(), [&](auto zero) {

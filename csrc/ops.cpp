@@ -35,6 +35,11 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   // softmax
   m.def("softmax_jvp(Tensor x, Tensor dx, int dim) -> (Tensor y, Tensor dy)");
   m.def("log_softmax_jvp(Tensor x, Tensor dx, int dim) -> (Tensor y, Tensor dy)");
+  // attention
+  m.def(
+      "attention_jvp(Tensor query, Tensor? dquery, Tensor key, Tensor? dkey, Tensor value, Tensor? dvalue, Tensor? "
+      "mask, "
+      "bool is_causal, float scale) -> (Tensor out, Tensor dout)");
   // loss
   m.def(
       "cross_entropy_jvp(Tensor logits, Tensor dlogits, Tensor target, Tensor? weight, int ignore_index, float "

@@ -12,6 +12,7 @@
 #include "schedule.h"
 //
 #include "isa_avx2.h"
+#include "attention_impl.h"
 #include "kernels_impl.h"
 
 namespace frog {

@@ -16,6 +16,7 @@
 #include "schedule.h"
 //
 #include "isa_avx512.h"
+#include "attention_impl.h"
 #include "kernels_impl.h"
 
 namespace frog {

@@ -11,6 +11,7 @@
 #include "schedule.h"
 //
 #include "isa_baseline.h"
+#include "attention_impl.h"
 #include "kernels_impl.h"
 
 namespace frog {

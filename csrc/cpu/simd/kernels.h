@@ -38,6 +38,13 @@ struct SimdKernels {
                    float* acc, int64_t acc_ld);
   void (*tile_f64)(const double* xt, int64_t width, const double* v, int64_t v_ld, int64_t rows, int64_t count,
                    double* acc, int64_t acc_ld);
+  // one step of online softmax with tangents, and the rescaling it asks for; see attention_impl.h
+  void (*attend_f32)(float* scores, int64_t rows, int64_t k, int64_t count, int64_t ld, float* max, float* sum,
+                     float* shift, float* correction);
+  void (*attend_f64)(double* scores, int64_t rows, int64_t k, int64_t count, int64_t ld, double* max, double* sum,
+                     double* shift, double* correction);
+  void (*rescale_f32)(float* out, int64_t groups, int64_t rows, int64_t width, const float* correction);
+  void (*rescale_f64)(double* out, int64_t groups, int64_t rows, int64_t width, const double* correction);
   int64_t vector_f32, vector_f64;  // elements of a vector register
   int64_t panel_f32, panel_f64;    // widest xt panel the tile kernel takes
 };

@@ -136,3 +136,20 @@ def _tangents(y: Tensor, *tangents: Tensor | None) -> Tensor:
 
 def _like(y: Tensor, k: int, dtype_of: Tensor) -> Tensor:
     return y.new_empty((k, *y.shape), dtype=dtype_of.dtype)
+
+
+@_fake
+def attention_jvp(
+    query: Tensor,
+    dquery: Tensor | None,
+    key: Tensor,
+    dkey: Tensor | None,
+    value: Tensor,
+    dvalue: Tensor | None,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    given = next(t for t in (dquery, dkey, dvalue) if t is not None)
+    shape = (*query.shape[:3], value.shape[3])
+    return query.new_empty(shape), given.new_empty((given.shape[0], *shape))

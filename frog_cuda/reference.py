@@ -415,7 +415,8 @@ def bce_jvp(
         if pos_weight is not None:
             raise ValueError("bce_jvp: pos_weight is given; it needs with_logits=True")
         loss = -(t * x.log().clamp(min=-100) + (1 - t) * torch.log1p(-x).clamp(min=-100))
-        slope = (x - t) / (x * (1 - x)).clamp(min=1e-12)
+        # PyTorch's 1e-12 is a float32 at every precision
+        slope = (x - t) / (x * (1 - x)).clamp(min=float(np.float32(1e-12)))
     return w * loss, w * slope * dinput.double()
 
 

@@ -151,7 +151,7 @@ class DualTensor(torch.Tensor):
 
     def _materialise(self) -> Tensor:
         if self.sampled is not None:
-            return _draw(self._primal, self.sampled)
+            return draw(self._primal, self.sampled)
         shape = (self.k, *self._primal.shape)
         if self._activity is None:
             tangents = self._primal.new_zeros(shape)
@@ -291,21 +291,23 @@ def _check_plain(name: str, tensor: Any) -> None:
         raise TypeError(f"DualTensor: {name} has layout {tensor.layout}; only torch.strided is supported")
 
 
-def _draw(primal: Tensor, sampled: SampledTangents) -> Tensor:
+def draw(primal: Tensor, sampled: SampledTangents, first: int = 0, count: int | None = None) -> Tensor:
+    """Tangents ``first .. first + count`` of those ``sampled`` describes, stored: (count, *primal.shape)."""
     from . import ops
 
     if sampled.touched is not None:
         sampled.touched.add(sampled.offset)
+    count = sampled.k if count is None else count
     flat = ops.sample_tangents(
         sampled.state,
-        sampled.k,
+        count,
         primal.numel(),
         offset=sampled.offset,
-        first=sampled.first,
+        first=sampled.first + first,
         distribution=sampled.distribution,
         dtype=sampled.dtype or primal.dtype,
     )
-    return flat.view(sampled.k, *primal.shape)
+    return flat.view(count, *primal.shape)
 
 
 def _k_mismatch(where: object, first: int, second: int) -> ValueError:

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.nn.functional as F
-from against_func import check, draw
+from against_func import check, compare, draw, expected
+from helpers import assert_close64
+from torch import nn
+
+from frog_cuda import ops
+from frog_cuda.dual import DualTensor, SampledTangents
+from frog_cuda.rules import convolution
 
 CONVOLUTIONS = {
     "2d": (F.conv2d, (2, 3, 7, 5), (4, 3, 3, 3), {}),
@@ -15,15 +22,67 @@ CONVOLUTIONS = {
     "3d": (F.conv3d, (1, 2, 3, 4, 5), (3, 2, 2, 2, 2), {}),
     "transposed": (F.conv_transpose2d, (2, 3, 4, 5), (3, 4, 3, 3), {"stride": 2, "output_padding": 1}),
     "empty": (F.conv2d, (0, 3, 7, 5), (4, 3, 3, 3), {}),
+    "depthwise": (F.conv2d, (2, 4, 7, 5), (4, 1, 3, 3), {"groups": 4, "padding": 1}),
+    "valid": (F.conv1d, (2, 3, 33), (4, 3, 7), {"padding": "valid"}),
+    "pointwise": (F.conv2d, (1, 33, 1, 7), (4, 33, 1, 1), {}),
+    "transposed 1d": (F.conv_transpose1d, (2, 3, 7), (3, 4, 3), {"stride": 3, "padding": 1, "dilation": 2}),
+    "transposed 3d": (F.conv_transpose3d, (1, 2, 3, 4, 5), (2, 3, 2, 2, 2), {"padding": 1}),
+    "transposed grouped": (F.conv_transpose2d, (2, 4, 4, 5), (4, 2, 3, 3), {"groups": 2}),
 }
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_convolutions(name):
     op, x_shape, w_shape, options = CONVOLUTIONS[name]
-    x, w, b = draw(*x_shape), draw(*w_shape, seed=2), draw(4 if name != "3d" else 3, seed=3)
+    x, w, b = draw(*x_shape), draw(*w_shape, seed=2), draw(3 if "3d" in name else 4, seed=3)
     b = b[:1] if name == "dilated" else b
     check(lambda x, w, b: op(x, w, b, **options), x, w, b)
     check(lambda x: op(x, w, b, **options), x, k=1)
     check(lambda w: op(x, w, **options), w)
     check(lambda b: op(x, w, b, **options), b)
+
+
+@pytest.mark.parametrize("name", ["2d", "strided", "grouped", "1d", "3d", "transposed", "depthwise"])
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+def test_sampled_weights_are_drawn_one_tangent_at_a_time(name, distribution, monkeypatch):
+    op, x_shape, w_shape, options = CONVOLUTIONS[name]
+    x, w, b = draw(*x_shape), draw(*w_shape, seed=2), draw(3 if name == "3d" else 4, seed=3)
+    k, state, at = 5, torch.tensor([3, 9]), 70
+    counts = []
+    original = convolution.draw
+    monkeypatch.setattr(convolution, "draw", lambda *a: counts.append(a[3]) or original(*a))
+
+    def sampled(p, offset):
+        return DualTensor.sampled_from(p, SampledTangents(state, k, 2, offset, distribution))
+
+    def stored(p, offset):
+        flat = ops.sample_tangents(state, k, p.numel(), first=2, offset=offset, distribution=distribution, dtype=torch.float64)
+        return flat.view(k, *p.shape)
+
+    tangents = [draw(k, *x_shape, seed=4), stored(w, at), stored(b, at + w.numel())]
+    (value,), (moved,) = expected(lambda x, w, b: op(x, w, b, **options), [x, w, b], tangents)
+    compare(op(DualTensor(x, tangents[0]), sampled(w, at), sampled(b, at + w.numel()), **options), value, moved)
+    (value,), (moved,) = expected(lambda w: op(x, w, b, **options), [w], tangents[1:2])
+    compare(op(x, sampled(w, at), b, **options), value, moved)
+    assert counts == [1] * 2 * k
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_padding_modes(layer, mode):
+    if layer is nn.Conv3d and mode == "reflect":
+        mode = "replicate"  # PyTorch has no reflection in three dimensions under vmap
+    torch.manual_seed(0)
+    spatial = {nn.Conv1d: (7,), nn.Conv2d: (7, 5), nn.Conv3d: (4, 5, 3)}[layer]
+    module = layer(2, 3, 3, padding=1, padding_mode=mode, dtype=torch.float64)
+
+    def call(x, w, b):
+        return torch.func.functional_call(module, {"weight": w, "bias": b}, (x,))
+
+    check(call, draw(2, 2, *spatial), module.weight.detach(), module.bias.detach())
+
+
+def test_non_contiguous_operands():
+    x, w = draw(2, 7, 5, 3).permute(0, 3, 1, 2), draw(3, 3, 3, 4).permute(3, 2, 0, 1)
+    check(lambda x, w: F.conv2d(x, w), x, w)
+    assert_close64(F.conv2d(DualTensor(x, draw(2, *x.shape)), w).primal, F.conv2d(x, w))

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/simd/choice.h"
 #include "philox.h"
 
 namespace py = pybind11;
@@ -18,6 +19,9 @@ constexpr int kAbi = 1;
 py::dict build_info() {
   py::dict info;
   info["abi"] = kAbi;
+  info["sources"] = FROG_SOURCES;
+  info["built_with_torch"] = FROG_BUILT_WITH_TORCH;
+  info["simd"] = frog::simd_name(frog::choose_simd());
 #if defined(__clang__)
   info["compiler"] = std::string("clang ") + __clang_version__;
 #else
@@ -54,6 +58,10 @@ py::array_t<uint32_t> philox(py::array_t<uint32_t, py::array::c_style | py::arra
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-only parts of frog_cuda.";
   m.def("abi", [] { return kAbi; }, "The schema version this library was built for.");
+  m.def("sources", [] { return FROG_SOURCES; }, "The fingerprint of csrc/ this library was built from.");
+  m.def(
+      "simd", [] { return frog::simd_name(frog::choose_simd()); },
+      "The vector kernels that run here; raises ValueError where FROG_CUDA_SIMD names none.");
   m.def("build_info", &build_info, "What this build contains, as a dict.");
   m.def("philox", &philox, py::arg("counters"), py::arg("k0"), py::arg("k1"),
         "Philox4x32-10 of each row of counters (n, 4) under the key (k0, k1).");

@@ -4,7 +4,7 @@
 #include "../../distributions.h"
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(FROG_X86_KERNELS)
 #include <immintrin.h>
 // After every shared header: what follows may use AVX2 and is in a namespace of its own.
 #pragma GCC target("avx2,fma")

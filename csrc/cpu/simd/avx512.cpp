@@ -4,7 +4,7 @@
 #include "../../distributions.h"
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(FROG_X86_KERNELS)
 #include <immintrin.h>
 // GCC 12 warns about the deliberately undefined operand inside its own intrinsics once they are inlined (GCC bug
 // 105593).

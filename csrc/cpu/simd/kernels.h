@@ -6,6 +6,11 @@
 
 #include <cstdint>
 
+// Compilers whose target pragma works for whole files.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FROG_X86_KERNELS
+#endif
+
 namespace frog {
 
 // What is to be drawn; see csrc/distributions.h.

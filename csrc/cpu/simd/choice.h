@@ -1,0 +1,47 @@
+// Which table of vector kernels runs here. Shared by the operators and by build_info; avx2.cpp and avx512.cpp must not
+// include it (kernels.h says why).
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace frog {
+
+enum class SimdLevel { kBaseline, kAvx2, kAvx512 };
+
+inline const char* simd_name(SimdLevel level) {
+  return level == SimdLevel::kAvx512 ? "avx512" : level == SimdLevel::kAvx2 ? "avx2" : "baseline";
+}
+
+// The best level that this build contains and this machine can run.
+inline SimdLevel best_simd() {
+#if defined(FROG_X86_KERNELS)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) return avx512 ? SimdLevel::kAvx512 : SimdLevel::kAvx2;
+#endif
+  return SimdLevel::kBaseline;
+}
+
+// The best level, or the lower one that the environment variable FROG_CUDA_SIMD names.
+inline SimdLevel choose_simd() {
+  const SimdLevel best = best_simd();
+  const char* wanted = std::getenv("FROG_CUDA_SIMD");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  std::string accepted;
+  for (SimdLevel level : {SimdLevel::kBaseline, SimdLevel::kAvx2, SimdLevel::kAvx512}) {
+    if (level > best) break;
+    if (std::strcmp(wanted, simd_name(level)) == 0) return level;
+    accepted += std::string(accepted.empty() ? "" : ", ") + simd_name(level);
+  }
+  throw std::invalid_argument(std::string("FROG_CUDA_SIMD is '") + wanted + "'; this build on this machine accepts " +
+                              accepted);
+}
+
+}  // namespace frog

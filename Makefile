@@ -1,43 +1,82 @@
-# make demo    set up where needed, then train a network without backprop
-# make test    set up where needed, then run every test
+# make demo     set up where needed, then train a network without backprop
+# make test     set up where needed, then run every test            ARGS="-k gram" chooses
+# make lint     ruff, clang-format, mypy, and csrc/ compiled with warnings as errors
+# make build    the compiled libraries, in place
+# make bench    benchmarks, as a table with ratios
+# make clean    all that was built; .venv stays
+#
+# PYTHON=python3.12 make demo   chooses the interpreter that .venv is made with
+CHOSEN := $(PYTHON)
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-SOURCES := setup.py $(shell find csrc -type f)
-STAMPS := build/stamps
+CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test lint build bench clean
+# Each of these files is written after the step has succeeded: an interrupted step is done again.
+READY := $(VENV)/.requirements-installed
+# With FROG_CUDA_WERROR=1 the ordinary build refuses warnings, and make lint needs no build of its own (.ci/run).
+ifeq ($(FROG_CUDA_WERROR),1)
+BUILT := build/.built-without-warnings
+STRICT := $(BUILT)
+else
+BUILT := build/.built
+STRICT := build/lint/.built
+endif
+
+.PHONY: help build demo test bench lint clean python
 help:
-	@echo "make demo | test | lint | build | bench | clean"
+	@sed -n 's/^# //p' Makefile
 
-$(STAMPS)/venv: requirements.txt
-	@mkdir -p $(STAMPS)
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+# The interpreter is looked at only where .venv is to be made, or where it was chosen by name.
+python:
+	@if test -n "$(CHOSEN)" || ! test -e $(READY); then \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	        { echo "frog_cuda: $(PYTHON) is not Python 3.10 or later; choose one: PYTHON=python3.12 make ..." >&2; exit 1; }; \
+	    version='import sys; print("%d.%d" % sys.version_info[:2])'; wanted=$$($(PYTHON) -c "$$version"); \
+	    found=$$($(PY) -c "$$version" 2>/dev/null || echo $$wanted); \
+	    test $$found = $$wanted || \
+	        { echo "frog_cuda: $(VENV) has Python $$found, not $$wanted: remove $(VENV) to have it made again" >&2; exit 1; }; \
+	fi
+
+$(READY): requirements.txt | python
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "frog_cuda: installing requirements.txt into $(VENV) (some minutes the first time)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(STAMPS)/build: $(STAMPS)/venv $(SOURCES)
-	$(PY) setup.py --quiet build_ext --inplace
+# Folders of csrc are listed too: their times change where a file comes or goes.
+$(BUILT) build/lint/.built: $(READY) setup.py frog_cuda/_sources.py $(shell find csrc)
+
+$(BUILT):
+	@$(PY) setup.py --quiet build_ext --inplace
+	@mkdir -p $(@D) && touch $@
+
+build/lint/.built:
+	@FROG_CUDA_WERROR=1 $(PY) setup.py --quiet build_ext --build-temp build/lint/temp --build-lib build/lint/lib
 	@touch $@
 
-build: $(STAMPS)/build
+# A library that was deleted is built again, whatever the times say.
+ifeq ($(and $(wildcard frog_cuda/_C.*),$(wildcard frog_cuda/_host.*)),)
+.PHONY: $(BUILT)
+endif
 
-demo: build
-	$(PY) -m frog_cuda demo
+build: $(BUILT)
 
-test: build
-	$(PY) -m pytest -q
+demo: $(BUILT)
+	@$(PY) -m frog_cuda demo
 
-bench: build
-	$(PY) benchmarks/run.py
+test: $(BUILT)
+	@$(PY) -m pytest -q $(ARGS)
 
-# The last line compiles csrc into a folder of its own with warnings as errors.
-lint: $(STAMPS)/venv
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
-	$(VENV)/bin/mypy
-	FROG_CUDA_WERROR=1 $(PY) setup.py --quiet build_ext --build-lib build/lint/lib --build-temp build/lint/temp
+bench: $(BUILT)
+	@$(PY) benchmarks/run.py $(ARGS)
+
+lint: $(READY)
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --quiet --check . || { $(PY) -m ruff format --check .; exit 1; }
+	@$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CSRC)
+	@$(PY) -m mypy
+	@$(MAKE) --no-print-directory $(STRICT)
 
 clean:
-	rm -rf build frog_cuda/*.so *.egg-info
+	rm -rf build dist *.egg-info frog_cuda/*.so

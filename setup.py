@@ -20,21 +20,28 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+NEEDED = "pip install 'torch>=2.11' ninja 'pybind11>=2.12' 'setuptools>=77'"
 try:
     import pybind11
+    import setuptools
     import torch
     from setuptools import Extension, setup
     from setuptools.errors import CompileError
     from torch.utils import cpp_extension
 except ImportError as missing:
-    raise SystemExit(
-        f"frog_cuda: building needs torch, ninja, pybind11 and setuptools ({missing}); "
-        "run `pip install 'torch>=2.11' ninja 'pybind11>=2.12' 'setuptools>=77'` first"
-    ) from missing
+    raise SystemExit(f"frog_cuda: what building needs is missing ({missing}); run `{NEEDED}` first") from missing
 
 ROOT = Path(__file__).parent.resolve()
 TARGET_TORCH = "0x020b000000000000"  # stable ABI of torch 2.11: the library also loads beside every later torch
 BYTES_PER_JOB = 2 << 30
+
+
+def check_versions(torch_version: str, setuptools_version: str) -> None:
+    """Without build isolation pip does not look at the versions that pyproject.toml asks for."""
+    for name, version, least in (("torch", torch_version, (2, 11)), ("setuptools", setuptools_version, (77, 0))):
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < least:
+            wanted = ".".join(str(part) for part in least)
+            raise SystemExit(f"frog_cuda: {name} is {version}; building needs {wanted} or later: run `{NEEDED}` first")
 
 
 def nvcc_major() -> int | None:
@@ -191,6 +198,7 @@ def extensions() -> list[Extension]:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    check_versions(torch.__version__, setuptools.__version__)
     cuda_sources = [str(p) for p in (ROOT / "csrc" / "cuda").glob("*.cu")]
     _, Build.decision = choose_build(os.environ.get("FROG_CUDA_BUILD", "auto"), cuda_sources, nvcc_major(), torch.version.cuda)
     setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -16,12 +16,18 @@ namespace {
 // Raised together with ABI in frog_cuda/_load.py whenever a schema changes.
 constexpr int kAbi = 1;
 
+// Read once, as the operators do.
+const char* simd() {
+  static const char* const name = frog::simd_name(frog::choose_simd());
+  return name;
+}
+
 py::dict build_info() {
   py::dict info;
   info["abi"] = kAbi;
   info["sources"] = FROG_SOURCES;
   info["built_with_torch"] = FROG_BUILT_WITH_TORCH;
-  info["simd"] = frog::simd_name(frog::choose_simd());
+  info["simd"] = simd();
 #if defined(__clang__)
   info["compiler"] = std::string("clang ") + __clang_version__;
 #else
@@ -59,9 +65,7 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-only parts of frog_cuda.";
   m.def("abi", [] { return kAbi; }, "The schema version this library was built for.");
   m.def("sources", [] { return FROG_SOURCES; }, "The fingerprint of csrc/ this library was built from.");
-  m.def(
-      "simd", [] { return frog::simd_name(frog::choose_simd()); },
-      "The vector kernels that run here; raises ValueError where FROG_CUDA_SIMD names none.");
+  m.def("simd", &simd, "The vector kernels that run here; raises ValueError where FROG_CUDA_SIMD names none.");
   m.def("build_info", &build_info, "What this build contains, as a dict.");
   m.def("philox", &philox, py::arg("counters"), py::arg("k0"), py::arg("k1"),
         "Philox4x32-10 of each row of counters (n, 4) under the key (k0, k1).");

@@ -66,5 +66,5 @@ def _error(what: str) -> ImportError:
     if csrc is None:
         fix = "install frog_cuda again: `pip install --no-build-isolation --force-reinstall --no-deps .` in its source folder"
     else:
-        fix = f"run `make build` (or `pip install --no-build-isolation -e .`) in {csrc.parent}"
+        fix = f"run `make build` (or `python setup.py --quiet build_ext --inplace`) in {csrc.parent}"
     return ImportError(f"frog_cuda: {what}; to mend this, {fix}")

@@ -36,4 +36,18 @@ const SimdKernels& simd() {
   return chosen;
 }
 
+namespace {
+
+// Chosen when the library is loaded, so that no error can arise inside a parallel loop, where its text would be lost.
+// frog_cuda/_load.py has refused a wrong FROG_CUDA_SIMD before; without it, the first kernel raises.
+[[maybe_unused]] const bool chosen_at_load = [] {
+  try {
+    simd();
+  } catch (const std::invalid_argument&) {
+  }
+  return true;
+}();
+
+}  // namespace
+
 }  // namespace frog

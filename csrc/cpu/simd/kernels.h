@@ -60,7 +60,8 @@ const SimdKernels& baseline_kernels();
 const SimdKernels* avx2_kernels();    // null where the compiler cannot build them
 const SimdKernels* avx512_kernels();  // null where the compiler cannot build them
 
-// The best table this machine can run; FROG_CUDA_SIMD=baseline|avx2|avx512 lowers the choice.
+// The best table this machine can run; FROG_CUDA_SIMD=baseline|avx2|avx512 lowers the choice when the library is
+// loaded.
 const SimdKernels& simd();
 
 }  // namespace frog

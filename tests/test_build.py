@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -348,3 +349,16 @@ def test_every_module_is_packaged():
     folders = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in (ROOT / "frog_cuda").rglob("*.py")}
     assert folders == set(packages)
     assert (ROOT / "frog_cuda" / "py.typed").exists()
+
+
+def test_source_distribution_holds_all_that_a_build_needs(tmp_path):
+    folders = ["egg_info", "--egg-base", str(tmp_path)], ["sdist", "--dist-dir", str(tmp_path)]
+    command = [sys.executable, "setup.py", "--quiet", *folders[0], *folders[1]]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (archive,) = tmp_path.glob("frog_cuda-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    sources = [p for folder in ("csrc", "frog_cuda", "tests", "benchmarks") for p in (ROOT / folder).rglob("*")]
+    needed = {p.relative_to(ROOT).as_posix() for p in sources if p.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")}
+    needed |= {"setup.py", "pyproject.toml", "requirements.txt", "Makefile", "LICENSE", "CHANGELOG.md", "frog_cuda/py.typed"}
+    assert needed <= names

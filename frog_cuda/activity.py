@@ -25,7 +25,7 @@ from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
 from .layers import Group
 from .local import local_gradient
-from .tangents import Distribution, Piece, StandardBasis, Supplied, TangentSet
+from .tangents import Distribution, Piece, StandardBasis, Supplied, TangentSet, flat
 from .weight import Inputs, check_parameters, copied_buffers
 
 Perturb = Callable[["Segment", Tensor], Tensor]
@@ -159,17 +159,17 @@ class ActivityPerturbation:
             for s in self.segments:
                 v = _joined(s)
                 if per_sample and not self.shared:
-                    rows = v.flatten(2).transpose(0, 1).double()  # (B, k, m)
+                    rows = flat(v, 2).transpose(0, 1).double()  # (B, k, m)
                     total = total + rows @ rows.mT
                 else:
                     # Shared tangents under one derivative for the batch: the same vector once for each row
-                    total = total + ops.gram(v.flatten(1)) * (s.batch if self.shared and not per_sample else 1)
+                    total = total + ops.gram(flat(v)) * (s.batch if self.shared and not per_sample else 1)
             return total
 
         def stored() -> Tensor:
             rows = []
             for s in self.segments:
-                v = _joined(s).flatten(1)
+                v = flat(_joined(s))
                 rows.append(v.repeat(1, s.batch) if self.shared and not per_sample else v)
             return torch.cat(rows, 1)
 
@@ -225,8 +225,8 @@ class ActivityPerturbation:
         v = _joined(segment)
         weights = self._weights(segment, estimate, v.dtype)
         if self.shared:
-            return (weights.T @ v.flatten(1)).view(shape)
-        return torch.einsum("kb,kbm->bm", weights, v.flatten(2)).view(shape)
+            return (weights.T @ flat(v)).view(shape)
+        return torch.einsum("kb,kbm->bm", weights, flat(v, 2)).view(shape)
 
     def _recorded(self, wanted: list[tuple[Segment, Tensor]], inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         """Layer-local gradients of arbitrary layers: the plain pass again, autograd on, cut at each layer's output."""

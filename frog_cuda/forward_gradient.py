@@ -18,7 +18,7 @@ from .aggregate import Aggregate, scaling_correction
 from .dual import DualTensor
 from .estimate import Estimate, read_loss, solve
 from .layers import activity_groups, select
-from .tangents import Piece, TangentSet, check_count, check_seed, check_step
+from .tangents import Piece, TangentSet, check_count, check_seed, check_step, flat
 from .weight import Inputs, WeightPerturbation
 
 __all__ = ["ForwardGradient", "forward_gradient"]
@@ -259,14 +259,14 @@ def forward_gradient(
             value,
             derivatives,
             lambda: drawn.gram(piece),
-            lambda: base.flatten(1),
+            lambda: flat(base),
             n,
             scaling_correction,
         )
         if estimate.custom is not None:
             return value, estimate.custom.view(x.shape)
         assert estimate.base_coefficients is not None
-        return value, (estimate.base_coefficients.to(x.dtype) @ base.flatten(1)).view(x.shape)
+        return value, (estimate.base_coefficients.to(x.dtype) @ flat(base)).view(x.shape)
 
 
 def _backprop(fn: Callable[[Tensor], Any], x: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,7 +274,7 @@ def _backprop(fn: Callable[[Tensor], Any], x: Tensor, base: Tensor) -> tuple[Ten
         leaf = x.detach().requires_grad_()
         value = fn(leaf)
         (gradient,) = torch.autograd.grad(value, leaf)
-    return value.detach(), base.flatten(1) @ gradient.flatten()
+    return value.detach(), flat(base) @ gradient.flatten()
 
 
 def _arguments(input: Any) -> Inputs:

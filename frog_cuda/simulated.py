@@ -13,7 +13,7 @@ from .activity import ActivityPerturbation, Segment
 from .estimate import Estimate, solve
 from .forward_gradient import ForwardGradient, _arguments
 from .functional import RandomNumbers
-from .tangents import TangentSet
+from .tangents import TangentSet, flat
 from .weight import Inputs, WeightPerturbation, copied_buffers
 
 __all__ = ["Simulated", "simulate"]
@@ -79,14 +79,14 @@ def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSe
         for piece in method.used:
             if piece.name in true:
                 v = tangents.draw(piece, torch.float64)
-                derivatives += v.flatten(1) @ true[piece.name].double().flatten()
+                derivatives += flat(v) @ true[piece.name].double().flatten()
         estimate = solve(
             tangents,
             fg.aggregate,
             loss.detach(),
             derivatives.to(loss.dtype),
             lambda: torch.stack([tangents.gram(p) for p in method.used]).sum(0),
-            lambda: torch.cat([tangents.draw(p, method.parameters[p.name].dtype).flatten(1) for p in method.used], 1),
+            lambda: torch.cat([flat(tangents.draw(p, method.parameters[p.name].dtype)) for p in method.used], 1),
             sum(p.numel for p in method.used),
             fg.scaling_correction,
         )
@@ -120,7 +120,7 @@ def _activity(
             segment.tangents = [v]
             if segment.input is not None:
                 segment.input = segment.input.detach()
-            each = v.flatten(1) @ g.flatten(1).T if method.shared else torch.einsum("kbm,bm->kb", v.flatten(2), g.flatten(1))
+            each = flat(v) @ flat(g).T if method.shared else torch.einsum("kbm,bm->kb", flat(v, 2), flat(g))
             rows = rows + (each if per_sample else each.sum(1))
         estimate = method.finish(tangents, fg.aggregate, losses.detach().mean(), per_sample, rows, fg.scaling_correction)
         gradients = dict(method.gradients(tangents, estimate, inputs))

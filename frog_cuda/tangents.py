@@ -323,7 +323,7 @@ class TangentSet:
         count = self.k - first if count is None else count
         if self.stored is not None:
             return self.stored[piece.name][first : first + count].to(dtype)
-        flat = ops.sample_tangents(
+        drawn = ops.sample_tangents(
             self.state,
             count,
             piece.numel,
@@ -332,12 +332,12 @@ class TangentSet:
             distribution=self.distribution.base,
             dtype=dtype,
         )
-        return flat.view(count, *piece.shape)
+        return drawn.view(count, *piece.shape)
 
     def gram(self, piece: Piece) -> Tensor:
         """This piece's share of the Gram matrix: (k, k) float64."""
         if self.stored is not None:
-            return ops.gram(self.stored[piece.name].flatten(1))
+            return ops.gram(flat(self.stored[piece.name]))
         return ops.tangent_gram(self.state, self.k, piece.numel, offset=piece.offset, distribution=self.distribution.base)
 
     def combine(self, piece: Piece, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
@@ -345,8 +345,8 @@ class TangentSet:
         if self.stored is not None:
             tangents = self.stored[piece.name]
             wide = torch.promote_types(tangents.dtype, dtype)
-            return (coefficients.to(wide) @ tangents.flatten(1).to(wide)).view(piece.shape).to(dtype)
-        flat = ops.tangent_combine(
+            return (coefficients.to(wide) @ flat(tangents).to(wide)).view(piece.shape).to(dtype)
+        combined = ops.tangent_combine(
             self.state,
             coefficients,
             piece.numel,
@@ -354,7 +354,7 @@ class TangentSet:
             distribution=self.distribution.base,
             dtype=dtype,
         )
-        return flat.view(piece.shape)
+        return combined.view(piece.shape)
 
     def axpy_(self, target: Tensor, piece: Piece, coefficients: Tensor, alpha: float) -> None:
         """``target += alpha * Z c`` in place."""
@@ -405,6 +405,12 @@ def sample(
     base = drawn.draw(piece, dtype)
     mixing = drawn.distribution.mixing(drawn.gram(piece), seed, step) if drawn.distribution.mixed else None
     return base if mixing is None else (mixing.T @ base.double()).to(dtype)
+
+
+def flat(tangents: Tensor, leading: int = 1) -> Tensor:
+    """Everything but the leading axes as one axis: (k, *shape) -> (k, n), also where shape is () or holds a 0."""
+    lead = tangents.shape[:leading]
+    return tangents.reshape(*lead, math.prod(tangents.shape[leading:]))
 
 
 def is_real(value: Any) -> bool:

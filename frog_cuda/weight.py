@@ -13,7 +13,7 @@ from .aggregate import Aggregate, Custom
 from .dual import DualTensor, SampledTangents
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
-from .tangents import Distribution, Piece, TangentSet
+from .tangents import Distribution, Piece, TangentSet, flat
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -87,7 +87,7 @@ class WeightPerturbation:
             return torch.stack(parts).sum(0)
 
         def stored() -> Tensor:
-            return torch.cat([tangents.draw(p, self.parameters[p.name].dtype).flatten(1) for p in self.used], 1)
+            return torch.cat([flat(tangents.draw(p, self.parameters[p.name].dtype)) for p in self.used], 1)
 
         n = sum(p.numel for p in self.used)
         return solve(tangents, aggregate, loss, torch.cat(columns), gram, stored, n, correct_length)

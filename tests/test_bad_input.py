@@ -61,7 +61,7 @@ BOTH = pytest.mark.parametrize("perturb", ["weight", "activity"])
         (dict(chunk_size=0), ValueError, "chunk_size is 0"),
         (dict(tangent_dtype=torch.int32), ValueError, "tangent_dtype is torch.int32"),
         (dict(seed=2**64), ValueError, "seed is 18446744073709551616; expected a 64-bit"),
-        (dict(seed="a"), ValueError, "seed is 'a'"),
+        (dict(seed="a"), TypeError, "seed is 'a' of type str; expected a 64-bit integer"),
         (dict(layers=[]), ValueError, "layers is empty"),
         (dict(layers="0"), TypeError, "layers is '0'"),
         (dict(layers=["nowhere"]), ValueError, "no module 'nowhere'; it has 0, 1, 2"),
@@ -228,12 +228,12 @@ def test_order_of_calls():
 
 def test_state_dict():
     fg = make()
-    for state, match in (
-        ({}, "expected 'seed' and 'step'"),
-        ({"seed": 1, "step": -1}, "step is -1"),
-        ({"seed": 1.5, "step": 0}, "1.5"),
+    for state, error, match in (
+        ({}, ValueError, "expected 'seed' and 'step'"),
+        ({"seed": 1, "step": -1}, ValueError, "step is -1"),
+        ({"seed": 1.5, "step": 0}, TypeError, "seed is 1.5 of type float"),
     ):
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(error, match=match):
             fg.load_state_dict(state)
     assert fg.state_dict() == {"seed": 0, "step": 0}
 

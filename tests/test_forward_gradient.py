@@ -454,3 +454,53 @@ def test_forward_gradient_of_functions():
     matrix = torch.randn(3, 4)
     estimate = frog.forward_gradient(lambda x: (x**2).sum(), matrix, k=12, tangents="orthonormal")[1]
     assert_close32(estimate, 2 * matrix.double(), 1e-4)
+
+
+class Scaled(nn.Module):
+    """A parameter without axes, and a layer whose output has none beside the batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.scale = nn.Linear(7, 1, dtype=torch.float64), Scale()
+
+    def forward(self, x):
+        return self.scale(self.fc(x).squeeze(1))
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.factor * x
+
+
+@pytest.mark.parametrize(
+    "aggregate", ["orthogonal", "mean", lambda v, d: torch.tensordot(d, v, ([0], [0]))], ids=["orthogonal", "mean", "custom"]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(perturb="weight"),
+        dict(perturb="weight", tangents={n: torch.ones(3, *p.shape).cumsum(0) for n, p in Scaled().named_parameters()}),
+        dict(perturb="activity"),
+        dict(perturb="activity", per_sample=False, shared_across_batch=False),
+    ],
+    ids=["weight", "supplied", "activity", "unshared"],
+)
+def test_parameters_and_outputs_without_axes(options, aggregate):
+    def square(output, target):
+        return (output - target) ** 2
+
+    x, y = batch()
+    check(frog.ForwardGradient(Scaled(), square, k=3, aggregate=aggregate, **options), x, y.double())
+
+
+def test_forward_gradient_of_a_number():
+    x = torch.tensor(3.0, dtype=torch.float64)
+    for options in (dict(), dict(simulate=True), dict(tangents=torch.full((1,), 2.0))):
+        value, estimate = frog.forward_gradient(lambda x: x * x, x, k=1, **options)
+        assert value.item() == 9 and estimate.shape == ()
+        assert_close64(estimate, 2 * x)

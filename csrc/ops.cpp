@@ -40,6 +40,12 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
       "attention_jvp(Tensor query, Tensor? dquery, Tensor key, Tensor? dkey, Tensor value, Tensor? dvalue, Tensor? "
       "mask, "
       "bool is_causal, float scale) -> (Tensor out, Tensor dout)");
+  // normalization
+  m.def(
+      "normalization_jvp(Tensor x, Tensor? dx, Tensor? weight, Tensor? dweight, Tensor? bias, Tensor? dbias, Tensor? "
+      "mean, "
+      "Tensor? var, int outer, int groups, int weight_groups, bool centred, float eps) -> (Tensor y, Tensor dy, Tensor "
+      "mean, Tensor var)");
   // loss
   m.def(
       "cross_entropy_jvp(Tensor logits, Tensor dlogits, Tensor target, Tensor? weight, int ignore_index, float "

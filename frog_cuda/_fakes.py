@@ -153,3 +153,25 @@ def attention_jvp(
     given = next(t for t in (dquery, dkey, dvalue) if t is not None)
     shape = (*query.shape[:3], value.shape[3])
     return query.new_empty(shape), given.new_empty((given.shape[0], *shape))
+
+
+@_fake
+def normalization_jvp(
+    x: Tensor,
+    dx: Tensor | None,
+    weight: Tensor | None,
+    dweight: Tensor | None,
+    bias: Tensor | None,
+    dbias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    outer: int,
+    groups: int,
+    weight_groups: int,
+    centred: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = next(t for t in (dx, dweight, dbias) if t is not None)
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y, dy = x.new_empty(x.shape), given.new_empty((given.shape[0], *x.shape))
+    return y, dy, x.new_empty((groups,), dtype=statistics), x.new_empty((groups,), dtype=statistics)

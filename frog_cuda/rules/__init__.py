@@ -14,6 +14,7 @@ from . import (
     pointwise,
     reductions,
     softmax,
+    spatial,
     structural,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "pointwise",
     "reductions",
     "softmax",
+    "spatial",
     "structural",
 ]

@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -140,14 +141,18 @@ class Build(cpp_extension.BuildExtension):
     decision = ""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        if shutil.which("ninja") is None:  # a virtual environment that is not activated is not on PATH
-            with contextlib.suppress(ImportError):
-                import ninja
+        with contextlib.suppress(ImportError):
+            import ninja
 
-                os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), ninja.BIN_DIR])
+            # The ninja beside this interpreter, even where its environment is not activated. Not sometimes another one:
+            # a change of version forgets what has been compiled.
+            os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
         super().__init__(*args, **kwargs)
 
     def build_extensions(self) -> None:
+        compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
+        if shutil.which(compiler) is None:
+            raise CompileError(f"frog_cuda: the C++ compiler {compiler} is not found; install g++, or name one in CXX")
         jobs = choose_jobs(os.environ.get("MAX_JOBS"), free_memory(), available_cores())
         os.environ["MAX_JOBS"] = str(jobs)
         print(f"frog_cuda: building {self.decision}; up to {jobs} at a time; torch {torch.__version__}", flush=True)

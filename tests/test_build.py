@@ -14,6 +14,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import setuptools
+from setuptools.errors import CompileError
 
 import frog_cuda
 from frog_cuda import _load
@@ -123,6 +125,14 @@ def test_versions_that_cannot_build(build):
         build.check_versions("2.9.1", "77.0.3")
     with pytest.raises(SystemExit, match=r"setuptools is 65\.5\.0; building needs 77\.0 or later"):
         build.check_versions("2.11.0", "65.5.0")
+
+
+def test_a_missing_compiler_is_named(build, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++ -pipe")
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # Build puts its ninja there
+    command = build.Build(setuptools.Distribution())
+    with pytest.raises(CompileError, match=r"the C\+\+ compiler /nowhere/g\+\+ is not found; install g\+\+"):
+        command.build_extensions()
 
 
 def test_output_keeps_what_compilers_say(build):
@@ -343,9 +353,7 @@ def test_build_info_tells_what_was_built():
 
 
 def test_every_module_is_packaged():
-    from setuptools import find_packages
-
-    packages = find_packages(str(ROOT), include=["frog_cuda", "frog_cuda.*"])  # as pyproject.toml says
+    packages = setuptools.find_packages(str(ROOT), include=["frog_cuda", "frog_cuda.*"])  # as pyproject.toml says
     folders = {p.parent.relative_to(ROOT).as_posix().replace("/", ".") for p in (ROOT / "frog_cuda").rglob("*.py")}
     assert folders == set(packages)
     assert (ROOT / "frog_cuda" / "py.typed").exists()

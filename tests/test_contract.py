@@ -167,6 +167,21 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
         )
         for mask in (_rand(5, 7, dtype=dtype), _rand(5, 7) > 0.3)
     ],
+    "normalization_jvp": lambda dtype: [
+        dict(
+            x=_rand(5, 7, dtype=dtype),
+            dx=_rand(3, 5, 7, dtype=dtype),
+            weight=_rand(7, dtype=dtype),
+            dweight=_rand(3, 7, dtype=dtype),
+            bias=_rand(7, dtype=dtype),
+            dbias=_rand(3, 7, dtype=dtype),
+            **statistics,
+        )
+        for statistics in (
+            dict(mean=None, var=None, outer=1, groups=5, weight_groups=1, centred=True, eps=1e-5),
+            dict(mean=_rand(7), var=_rand(7), outer=5, groups=7, weight_groups=7, centred=True, eps=1e-5),
+        )
+    ],
     "cross_entropy_jvp": lambda dtype: [
         dict(
             logits=_rand(5, 7, dtype=dtype),

@@ -5,7 +5,8 @@ Flügel et al., "Beyond Backpropagation: Optimization with Multi-Tangent Forward
 
 from __future__ import annotations
 
-from . import aggregate, ops, tangents
+from . import aggregate, nn, ops, tangents
+from .convert import convert, coverage
 from .dual import DualTensor
 from .forward_gradient import ForwardGradient, forward_gradient
 from .functional import jvp
@@ -19,8 +20,11 @@ __all__ = [
     "__version__",
     "aggregate",
     "build_info",
+    "convert",
+    "coverage",
     "forward_gradient",
     "jvp",
+    "nn",
     "ops",
     "simulate",
     "tangents",

@@ -38,6 +38,12 @@ def local_rule(module: nn.Module) -> LocalRule | None:
     return _RULES.get(type(module))
 
 
+def share_rule(original: type[nn.Module], subclass: type[nn.Module]) -> None:
+    """Lets a subclass that computes the same as ``original`` have its rule."""
+    if original in _RULES:
+        _RULES[subclass] = _RULES[original]
+
+
 def local_gradient(
     layer: Any, rule: LocalRule, x: Tensor, weights: Tensor | None, g: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from against_func import check, draw, dual
+from against_func import check, compare, draw, dual, expected
 
 from frog_cuda.dual import DualTensor
 
@@ -85,3 +85,23 @@ def test_memory_formats():
     y = x.to(memory_format=torch.channels_last)
     assert y.is_contiguous(memory_format=torch.channels_last) and torch.equal(y.tangents, x.tangents)
     assert y.contiguous().is_contiguous()
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_embedding_bag(mode):
+    """PyTorch has no forward mode for it: compared with a gather and a sum."""
+    indices, offsets = torch.tensor([1, 4, 4, 0, 2, 3]), torch.tensor([0, 2, 5])
+    ends = [(0, 2), (2, 5), (5, 6)]
+
+    def by_hand(w, s):
+        rows = [(w[indices[a:b]] * s[a:b, None]).sum(0) / (b - a if mode == "mean" else 1) for a, b in ends]
+        return torch.stack(rows)
+
+    w, s = draw(6, 3), draw(6, seed=2)
+    ones = torch.ones(6, dtype=torch.float64)
+    (value,), (moved,) = expected(lambda w: by_hand(w, ones), [w], [dual(w).tangents])
+    compare(F.embedding_bag(indices, dual(w), offsets, mode=mode), value, moved)
+    if mode == "sum":
+        (value,), (moved,) = expected(by_hand, [w, s], [dual(w).tangents, dual(s, seed=5).tangents])
+        out = F.embedding_bag(indices, dual(w), offsets, mode=mode, per_sample_weights=dual(s, seed=5))
+        compare(out, value, moved)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..dual import DualTensor, aten, resolve
+from ..dual import DualTensor, aten, resolve, rule
 from .helpers import common_k, full, lift, low_dtype, parts, shift, wrap
 
 _aten = torch.ops.aten
@@ -247,3 +248,38 @@ def embedding(func: Any, weight: Any, indices: Tensor, *args: Any, **kwargs: Any
     value, tangents = parts(weight)
     out = func(value, indices, *args, **kwargs)
     return out if tangents is None else wrap(out, tangents[:, indices], low_dtype(weight))
+
+
+@rule(F.embedding_bag)
+def embedding_bag(
+    input: Any,
+    weight: Any,
+    offsets: Any = None,
+    max_norm: Any = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: Any = None,
+) -> Any:
+    """Sums and means are linear in the table and in the weights of samples; PyTorch has no forward mode for them."""
+    w, dw = parts(weight)
+    s, ds = parts(per_sample_weights)
+    if mode not in ("sum", "mean") or max_norm is not None or (dw is None and ds is None):
+        return NotImplemented
+    k = common_k("embedding_bag", weight, per_sample_weights)
+
+    def bags(table: Tensor, factors: Any) -> Tensor:
+        last = include_last_offset, padding_idx
+        return F.embedding_bag(input, table, offsets, None, norm_type, scale_grad_by_freq, mode, sparse, factors, *last)
+
+    out = bags(w, s)
+    moved = torch.zeros((k, *out.shape), dtype=out.dtype, device=out.device)
+    for i in range(k):
+        if dw is not None:
+            moved[i] += bags(dw[i].to(w.dtype), s)
+        if ds is not None:
+            moved[i] += bags(w, ds[i].to(s.dtype))
+    return wrap(out, moved, low_dtype(weight, per_sample_weights))

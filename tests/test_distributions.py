@@ -25,7 +25,7 @@ DISTRIBUTIONS = {
     "rademacher": dist.Rademacher(),
     "sphere": dist.Sphere(),
     "orthonormal": dist.Orthonormal(),
-    "cone": dist.Cone(30.0),
+    "cone": dist.Cone(60.0),
     "standard_basis": dist.StandardBasis(),
     "varying_length": dist.VaryingLength(0.25, 4.0),
 }
@@ -170,7 +170,7 @@ def test_cone(angle, n):
 
 def test_cone_directions_are_uniform_around_the_axis():
     """Between two tangents: cos^2 + sin^2 <u_i, u_j> with <u_i, u_j> of mean 0 and mean square 1/(n - 1)."""
-    n, cos2 = 6, 0.75
+    n, cos2 = 6, 0.25
     v = draws("cone", 3, n, 3_000)
     across = ((v[:, 1] * v[:, 2]).sum(1) - cos2) / (1 - cos2)
     assert_mean(across, 0.0)

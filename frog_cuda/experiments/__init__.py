@@ -1,0 +1,1 @@
+"""The paper's experiments: models, and what is measured on them."""

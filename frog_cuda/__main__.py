@@ -1,0 +1,75 @@
+"""The command line: ``python -m frog_cuda {demo,info}``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from . import __version__, build_info
+from .experiments import MissingPackages, UsageError, demo, missing
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its line in the help, its options, and what it does."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def _info(args: argparse.Namespace) -> None:
+    absent = missing("sklearn", "matplotlib", "tqdm")
+    facts = {**build_info(), "packages for demo": f"missing: {', '.join(absent)}" if absent else "present"}
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+COMMANDS = {
+    "demo": Command("train a network on handwritten digits with and without backprop", demo.add_arguments, demo.run),
+    "info": Command("versions, compiler and kernels of this installation", lambda parser: None, _info),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m frog_cuda",
+        description="Multi-tangent forward gradients for PyTorch.",
+        epilog="Options of a command: python -m frog_cuda COMMAND --help",
+    )
+    top.add_argument("--version", action="version", version=f"frog_cuda {__version__}")
+    choices = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, command in COMMANDS.items():
+        sub = choices.add_parser(name, help=command.help, description=command.help[0].upper() + command.help[1:] + ".")
+        command.add_arguments(sub)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status.
+
+    Arguments:
+        arguments: what follows ``python -m frog_cuda``; None takes them from ``sys.argv``.
+    Raises:
+        SystemExit: status 2, an option is not accepted.
+    """
+    top = parser()
+    args = top.parse_args(arguments)
+    if args.command is None:
+        top.print_help()
+        return 0
+    try:
+        COMMANDS[args.command].run(args)
+    except UsageError as error:
+        top.error(str(error))
+    except MissingPackages as error:
+        print(f"python -m frog_cuda {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -139,20 +139,15 @@ class ActivityPerturbation:
         self._scale = 1.0
         if per_sample:
             batch = base_derivatives.shape[1]
-            for s in self.segments:
-                if s.batch != batch:
-                    raise ValueError(
-                        f"layers: the output of {s.piece.name} has {s.batch} rows, but there are {batch} losses; per-sample "
-                        "derivatives need one row per sample, or per_sample=False"
-                    )
+            self.check_rows(batch)
             self._scale = 1.0 / batch
         n = sum(s.piece.numel for s in self.segments)
         if per_sample and not self.shared:
-            n //= base_derivatives.shape[1]
+            n = sum(s.piece.numel // s.batch for s in self.segments)
             if not isinstance(aggregate, Aggregate):
                 raise ValueError("aggregate: a custom aggregation needs shared_across_batch=True or per_sample=False")
         elif not per_sample and self.shared:
-            n *= self.segments[0].batch if self.segments else 1
+            n = sum(s.piece.numel * s.batch for s in self.segments)
 
         def gram() -> Tensor:
             total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -164,7 +159,7 @@ class ActivityPerturbation:
                 else:
                     # Shared tangents under one derivative for the batch: the same vector once for each row
                     total = total + ops.gram(flat(v)) * (s.batch if self.shared and not per_sample else 1)
-            return total
+            return total.expand(batch, *total.shape[1:]) if total.dim() == 3 else total
 
         def stored() -> Tensor:
             rows = []
@@ -174,6 +169,16 @@ class ActivityPerturbation:
             return torch.cat(rows, 1)
 
         return solve(tangents, aggregate, loss, base_derivatives, gram, stored, n, correct_length)
+
+    def check_rows(self, batch: int) -> None:
+        """With a loss for each sample, outputs have a row for each, or a single one that all samples share, as the embedding of
+        positions has."""
+        for s in self.segments:
+            if s.batch not in (1, batch):
+                raise ValueError(
+                    f"layers: the output of {s.piece.name} has {s.batch} rows, but there are {batch} losses; per-sample "
+                    "derivatives need one row per sample, or per_sample=False"
+                )
 
     def gradients(self, tangents: TangentSet, estimate: Estimate, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         """Layer-local gradients of the parameters from the estimated gradients of the activities."""
@@ -213,7 +218,12 @@ class ActivityPerturbation:
         """(k, B): how much of each tangent the mean loss's gradient holds in each row."""
         c = estimate.base_coefficients
         assert c is not None
-        c = c.unsqueeze(1).expand(-1, segment.batch) if c.dim() == 1 else c * self._scale
+        if c.dim() == 1:
+            c = c.unsqueeze(1).expand(-1, segment.batch)
+        else:
+            c = c * self._scale
+            if segment.batch == 1:  # one row for all samples: their gradients add up
+                c = c.sum(1, keepdim=True)
         return c.to(dtype)
 
     def _activity_gradient(self, segment: Segment, estimate: Estimate, start: int, width: int) -> Tensor:
@@ -221,6 +231,8 @@ class ActivityPerturbation:
         shape = segment.piece.shape if not self.shared else (segment.batch, *segment.piece.shape)
         if estimate.custom is not None:
             part = estimate.custom[..., start : start + width]
+            if part.dim() == 2 and segment.batch == 1:
+                part = part.sum(0)
             return (part * self._scale).reshape(shape)
         v = _joined(segment)
         weights = self._weights(segment, estimate, v.dtype)

@@ -107,21 +107,40 @@ def _activity(
         with method._hooked(shift):
             losses = _loss(fg, inputs, target)
         # Without cross terms between samples, row b of the summed losses' gradient is that of loss b
-        total = losses.sum() if method.per_sample and losses.dim() == 1 else losses.mean()
+        per_sample = method.per_sample and losses.dim() == 1
+        total = losses.sum() if per_sample else losses.mean()
+        common: dict[int, Tensor] = {}
+        if per_sample:
+            method.check_rows(losses.numel())
+            # An output whose single row all samples share gets its gradient (B, m) one loss at a time
+            wanted = {i: shifts[i] for i, s in enumerate(method.segments) if s.batch < losses.numel()}
+            common = {i: torch.stack(g) for i, g in zip(wanted, _each_loss(losses, list(wanted.values())), strict=True)}
         found = torch.autograd.grad(total, [*shifts, *method.parameters.values()], allow_unused=True)
     activity = [torch.zeros_like(s) if g is None else g for s, g in zip(shifts, found[: len(shifts)], strict=True)]
-    scale = 1 / losses.numel() if total is not losses and method.per_sample and losses.dim() == 1 else 1.0
+    scale = 1 / losses.numel() if per_sample else 1.0
     true = {name: g * scale for name, g in zip(method.parameters, found[len(shifts) :], strict=True) if g is not None}
     with torch.no_grad():
-        per_sample = method.per_sample and losses.dim() == 1
         rows: Tensor = torch.zeros((), dtype=losses.dtype)
-        for segment, g in zip(method.segments, activity, strict=True):
+        for i, (segment, g) in enumerate(zip(method.segments, activity, strict=True)):
             v = tangents.draw(segment.piece, g.dtype)
             segment.tangents = [v]
             if segment.input is not None:
                 segment.input = segment.input.detach()
-            each = flat(v) @ flat(g).T if method.shared else torch.einsum("kbm,bm->kb", flat(v, 2), flat(g))
+            if i in common or method.shared:
+                each = flat(v) @ flat(common.get(i, g)).T
+            else:
+                each = torch.einsum("kbm,bm->kb", flat(v, 2), flat(g))
             rows = rows + (each if per_sample else each.sum(1))
         estimate = method.finish(tangents, fg.aggregate, losses.detach().mean(), per_sample, rows, fg.scaling_correction)
         gradients = dict(method.gradients(tangents, estimate, inputs))
     return Simulated(losses.detach().mean(), gradients, true, estimate)
+
+
+def _each_loss(losses: Tensor, inputs: list[Tensor]) -> list[list[Tensor]]:
+    """For each input, its gradient of each loss."""
+    columns: list[list[Tensor]] = [[] for _ in inputs]
+    for loss in losses if inputs else ():
+        found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        for column, x, g in zip(columns, inputs, found, strict=True):
+            column.append(torch.zeros_like(x) if g is None else g)
+    return columns

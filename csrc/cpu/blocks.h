@@ -6,7 +6,7 @@
 
 namespace frog {
 
-/// The type to compute in: double where any of the tensors is double, else float.
+/// Whether to compute in double: where any of the tensors (null: not given) is double.
 inline bool any_double(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* t : tensors) {
     if (t != nullptr && t->scalar_type() == ScalarType::Double) return true;
@@ -17,6 +17,15 @@ inline bool any_double(std::initializer_list<const Tensor*> tensors) {
 template <class C>
 constexpr ScalarType scalar_type_of() {
   return sizeof(C) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
+}
+
+template <class C>
+inline const MathKernels<C>& math() {
+  if constexpr (std::is_same_v<C, float>) {
+    return simd().math_f32;
+  } else {
+    return simd().math_f64;
+  }
 }
 
 /// A dense tensor that is read as C.
@@ -37,15 +46,24 @@ class Source {
     if (!given()) return nullptr;
     const char* from = data_ + at * size_;
     if (direct()) return reinterpret_cast<const C*>(from);
-    dispatch_floating("read", type_, [&](auto zero) {
-      using T = decltype(zero);
-      const T* values = reinterpret_cast<const T*>(from);
-      for (int64_t j = 0; j < n; ++j) scratch[j] = static_cast<C>(values[j]);
-    });
+    convert_in(from, n, scratch);
     return scratch;
   }
 
  private:
+  void convert_in(const char* from, int64_t n, C* to) const {
+    if constexpr (std::is_same_v<C, float>) {
+      const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
+      if (type_ == ScalarType::BFloat16) return simd().widen_bf16(bits, n, to);
+      if (type_ == ScalarType::Half && simd().widen_f16) return simd().widen_f16(bits, n, to);
+    }
+    dispatch_floating("read", type_, [&](auto zero) {
+      using T = decltype(zero);
+      const T* values = reinterpret_cast<const T*>(from);
+      for (int64_t j = 0; j < n; ++j) to[j] = static_cast<C>(values[j]);
+    });
+  }
+
   const char* data_ = nullptr;
   int64_t size_ = 0;
   ScalarType type_ = ScalarType::Undefined;
@@ -64,9 +82,15 @@ class Sink {
   /// Ends what `place` began: converts scratch [n] where that was the place.
   void finish(int64_t at, int64_t n, const C* scratch) const {
     if (direct()) return;
+    char* to = data_ + at * size_;
+    if constexpr (std::is_same_v<C, float>) {
+      uint16_t* bits = reinterpret_cast<uint16_t*>(to);
+      if (type_ == ScalarType::BFloat16) return simd().narrow_bf16(scratch, n, bits);
+      if (type_ == ScalarType::Half && simd().narrow_f16) return simd().narrow_f16(scratch, n, bits);
+    }
     dispatch_floating("write", type_, [&](auto zero) {
       using T = decltype(zero);
-      T* values = reinterpret_cast<T*>(data_ + at * size_);
+      T* values = reinterpret_cast<T*>(to);
       for (int64_t j = 0; j < n; ++j) values[j] = static_cast<T>(scratch[j]);
     });
   }
@@ -76,6 +100,21 @@ class Sink {
   int64_t size_;
   ScalarType type_;
 };
+
+/// Elements that are converted, evaluated and multiplied at a time, in first-level cache.
+constexpr int64_t kBlock = 2048;
+/// Elements of primal and tangents that are worth a thread.
+constexpr int64_t kWork = 32768;
+
+/// Calls body(at, n) for the blocks of [0, numel), in parallel; each element counts 1 + k times.
+template <class Body>
+void for_each_block(int64_t numel, int64_t k, const Body& body) {
+  const int64_t blocks = (numel + kBlock - 1) / kBlock;
+  const int64_t grain = std::max<int64_t>(1, kWork / (kBlock * (1 + k)));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; ++b) body(b * kBlock, std::min(kBlock, numel - b * kBlock));
+  });
+}
 
 /// Results y [*shape] and dy [k, *shape]. Where they have one dtype they are neighbours in memory, so that a linear
 /// layer that follows takes them in one GEMM.
@@ -89,5 +128,17 @@ inline std::tuple<Tensor, Tensor> new_dual(const Tensor& like, const std::vector
   const Tensor both = new_tensor(like, {1 + k, numel}, primal);
   return {part_of(both, 0, shape), part_of(both, numel, dy_shape)};
 }
+
+/// `t` checked as tangents of `primal`, dense; none stays none.
+inline std::optional<Tensor> dense_tangents(const char* op, const char* name, const std::optional<Tensor>& t,
+                                            const Tensor& primal) {
+  if (!t) return std::nullopt;
+  check_cpu(op, name, *t);
+  check_floating(op, name, *t);
+  check_tangents(op, name, *t, primal);
+  return torch::stable::contiguous(*t);
+}
+
+inline const Tensor* pointer_to(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 
 }  // namespace frog

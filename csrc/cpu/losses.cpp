@@ -1,4 +1,5 @@
-// Losses per sample or per element and their tangents; the logits of a sample are read once for all k tangents.
+// cross_entropy_jvp, mse_jvp and bce_jvp: one loss for each sample or element, and its k directional derivatives. The
+// slope of a loss is computed once and multiplied with all k tangents.
 #include <cmath>
 #include <limits>
 
@@ -7,232 +8,307 @@
 namespace frog {
 namespace {
 
-constexpr int64_t kWork = 16384;  // elements of primal and tangents that are worth a thread
+// code of softplus in POINTWISE of frog_cuda/ops.py
+constexpr int64_t kSoftplus = 7;
 
-ScalarType compute_type(std::initializer_list<const Tensor*> tensors) {
-  return any_double(tensors) ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor dense(const Tensor& t, ScalarType compute) { return torch::stable::contiguous(to_dtype(t, compute)); }
+// ---- cross entropy
 
 template <class C>
-const C* data(const std::optional<Tensor>& t) {
-  return t ? static_cast<const C*>(t->const_data_ptr()) : nullptr;
-}
+struct CrossEntropy {
+  int64_t rows, classes, k, ignore_index;
+  C smoothing;
+  const int64_t* target;  // [rows]
+  std::vector<C> weight;  // [classes], or empty where all are 1
+  C weight_sum;
+  Source<C> x, dx;  // [rows, classes], [k, rows, classes]
+};
 
-template <class Body>
-void dispatch_compute(ScalarType compute, const Body& body) {
-  if (compute == ScalarType::Double) {
-    body(double{});
+// loss and gradient [classes] of one row x; the loss is linear in log softmax(x)
+template <class C>
+C loss_of_row(const CrossEntropy<C>& job, const C* x, int64_t target, C* gradient) {
+  C shift;
+  const C lower = std::log(math<C>().softmax(x, job.classes, gradient, &shift));
+  const auto weight = [&](int64_t c) { return job.weight.empty() ? C(1) : job.weight[c]; };
+  const C at_target = (C(1) - job.smoothing) * weight(target);
+  const C at_each = job.smoothing / static_cast<C>(job.classes);
+  const C total = at_target + at_each * job.weight_sum;
+  C loss = -at_target * ((x[target] - shift) - lower);
+  if (job.smoothing > 0) {  // else a logit of -inf would give 0 * inf
+    C sum = 0;
+    for (int64_t c = 0; c < job.classes; ++c) sum += weight(c) * ((x[c] - shift) - lower);
+    loss -= at_each * sum;
+    for (int64_t c = 0; c < job.classes; ++c) gradient[c] = total * gradient[c] - at_each * weight(c);
   } else {
-    body(float{});
+    for (int64_t c = 0; c < job.classes; ++c) gradient[c] *= total;
   }
+  gradient[target] -= at_target;
+  return loss;
 }
 
-// loss = -(1 - s) w_t log p_t - (s / C) sum_c w_c log p_c with log p = x - lse(x). Both parts are linear in log p, and
-// d(log p)_c = dx_c - sum(p dx), so dloss = sum_c g_c dx_c with g = p (sum of the weights) - the weights themselves.
-std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits, const Tensor& dlogits, const Tensor& target,
-                                             const std::optional<Tensor>& weight, int64_t ignore_index,
+// loss [rows], dloss [k, rows]
+template <class C>
+void run(const CrossEntropy<C>& job, C* loss, C* dloss) {
+  const int64_t n = job.classes, ld = job.rows * n;
+  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, n * (1 + job.k)));
+  torch::stable::parallel_for(0, job.rows, grain, [&](int64_t from, int64_t to) {
+    std::vector<C> gradient(n), scratch(n);
+    for (int64_t r = from; r < to; ++r) {
+      if (job.target[r] == job.ignore_index) {
+        loss[r] = 0;
+        for (int64_t i = 0; i < job.k; ++i) dloss[i * job.rows + r] = 0;
+        continue;
+      }
+      loss[r] = loss_of_row(job, job.x.read(r * n, n, scratch.data()), job.target[r], gradient.data());
+      if (job.dx.direct()) {
+        math<C>().dots(gradient.data(), job.dx.read(r * n, n, nullptr), n, job.k, ld, dloss + r, job.rows);
+        continue;
+      }
+      for (int64_t i = 0; i < job.k; ++i) {
+        const C* dx = job.dx.read(i * ld + r * n, n, scratch.data());
+        math<C>().dots(gradient.data(), dx, n, 1, n, dloss + i * job.rows + r, 1);
+      }
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor& dlogits_, const Tensor& target_,
+                                             const std::optional<Tensor>& weight_, int64_t ignore_index,
                                              double label_smoothing) {
   const char* op = "cross_entropy_jvp";
-  check_cpu(op, "logits", logits);
-  check_cpu(op, "dlogits", dlogits);
-  check_cpu(op, "target", target);
-  check_floating(op, "logits", logits);
-  check_floating(op, "dlogits", dlogits);
-  STD_TORCH_CHECK(logits.dim() == 2, op, ": logits has shape ", shape_string(logits), ", expected (B, C)");
-  check_tangents(op, "dlogits", dlogits, logits);
-  check_dtype(op, "target", target, ScalarType::Long);
-  const int64_t rows = logits.size(0), classes = logits.size(1), k = dlogits.size(0);
-  check_shape(op, "target", target, {rows});
+  check_cpu(op, "logits", logits_);
+  check_floating(op, "logits", logits_);
+  STD_TORCH_CHECK(logits_.dim() == 2, op, ": logits has shape ", shape_string(logits_), ", expected (B, C)");
+  const Tensor dlogits = *dense_tangents(op, "dlogits", dlogits_, logits_);
+  const int64_t rows = logits_.size(0), classes = logits_.size(1), k = dlogits.size(0);
+  check_cpu(op, "target", target_);
+  check_dtype(op, "target", target_, ScalarType::Long);
+  check_shape(op, "target", target_, {rows});
   STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing is ", label_smoothing,
-                  ", expected a number in [0, 1]");
-  const ScalarType compute = compute_type({&logits, &dlogits});
-  std::optional<Tensor> w;
-  if (weight) {
-    check_cpu(op, "weight", *weight);
-    check_floating(op, "weight", *weight);
-    check_shape(op, "weight", *weight, {classes});
-    w = dense(*weight, compute);
+                  "; it must lie in [0, 1]");
+  const Tensor target = torch::stable::contiguous(target_);
+  const int64_t* t = static_cast<const int64_t*>(target.const_data_ptr());
+  for (int64_t r = 0; r < rows; ++r) {
+    STD_TORCH_CHECK(t[r] == ignore_index || (t[r] >= 0 && t[r] < classes), op, ": target[", r, "] is ", t[r],
+                    "; accepted are class indices from 0 to ", classes - 1, " and ignore_index ", ignore_index);
   }
-  const Tensor x = dense(logits, compute), dx = dense(dlogits, compute), t = torch::stable::contiguous(target);
-  const int64_t* labels = static_cast<const int64_t*>(t.const_data_ptr());
-  for (int64_t b = 0; b < rows; ++b) {
-    STD_TORCH_CHECK(labels[b] == ignore_index || (labels[b] >= 0 && labels[b] < classes), op, ": target[", b, "] is ",
-                    labels[b], "; expected a class in [0, ", classes, ") or ignore_index ", ignore_index);
+  std::optional<Tensor> weight;
+  if (weight_) {
+    check_cpu(op, "weight", *weight_);
+    check_dtype(op, "weight", *weight_, logits_.scalar_type());
+    check_shape(op, "weight", *weight_, {classes});
+    weight = torch::stable::contiguous(*weight_);
   }
-  Tensor loss = new_tensor(x, {rows}, compute), dloss = new_tensor(x, {k, rows}, compute);
-  dispatch_compute(compute, [&](auto zero) {
+  const Tensor logits = torch::stable::contiguous(logits_);
+  Tensor loss = new_tensor(logits, {rows}, logits.scalar_type());
+  Tensor dloss = new_tensor(logits, {k, rows}, dlogits.scalar_type());
+  const auto go = [&](auto zero) {
     using C = decltype(zero);
-    const C *xs = static_cast<const C*>(x.const_data_ptr()), *dxs = static_cast<const C*>(dx.const_data_ptr());
-    const C* ws = data<C>(w);
-    C *out = static_cast<C*>(loss.mutable_data_ptr()), *dout = static_cast<C*>(dloss.mutable_data_ptr());
-    const C smooth = static_cast<C>(label_smoothing / std::max<int64_t>(1, classes));
-    const C sharp = static_cast<C>(1 - label_smoothing);
-    const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, classes * (1 + k)));
-    torch::stable::parallel_for(0, rows, grain, [&](int64_t from, int64_t to) {
-      std::vector<C> g(classes);
-      for (int64_t b = from; b < to; ++b) {
-        const int64_t label = labels[b];
-        if (label == ignore_index) {
-          out[b] = C(0);
-          for (int64_t i = 0; i < k; ++i) dout[i * rows + b] = C(0);
-          continue;
-        }
-        const C* row = xs + b * classes;
-        C top = row[0];
-        for (int64_t c = 1; c < classes; ++c) top = row[c] > top || row[c] != row[c] ? row[c] : top;
-        C sum = C(0);
-        for (int64_t c = 0; c < classes; ++c) sum += g[c] = std::exp(row[c] - top);
-        const C lse = std::log(sum), own = sharp * (ws ? ws[label] : C(1));
-        C total = -own * (row[label] - top - lse), weights = own;
-        if (smooth > 0) {  // else a logit of -inf would give 0 * inf
-          for (int64_t c = 0; c < classes; ++c) {
-            const C share = smooth * (ws ? ws[c] : C(1));
-            total -= share * (row[c] - top - lse);
-            weights += share;
-          }
-        }
-        out[b] = total;
-        for (int64_t c = 0; c < classes; ++c) {
-          g[c] = g[c] / sum * weights - smooth * (ws ? ws[c] : C(1)) - (c == label ? own : C(0));
-        }
-        for (int64_t i = 0; i < k; ++i) {
-          const C* moved = dxs + (i * rows + b) * classes;
-          C change = C(0);
-          for (int64_t c = 0; c < classes; ++c) change += g[c] * moved[c];
-          dout[i * rows + b] = change;
-        }
-      }
-    });
-  });
-  return {to_dtype(loss, logits.scalar_type()), to_dtype(dloss, dlogits.scalar_type())};
+    CrossEntropy<C> job{rows, classes, k,    ignore_index,      static_cast<C>(label_smoothing),
+                        t,    {},      C(0), Source<C>(logits), Source<C>(dlogits)};
+    double sum = static_cast<double>(classes);
+    if (weight) {
+      job.weight.resize(classes);
+      const C* values = Source<C>(weight).read(0, classes, job.weight.data());
+      std::copy(values, values + classes, job.weight.data());
+      sum = 0;
+      for (const C w : job.weight) sum += static_cast<double>(w);
+    }
+    job.weight_sum = static_cast<C>(sum);
+    const Sink<C> loss_out(loss), dloss_out(dloss);
+    std::vector<C> loss_wide(loss_out.direct() ? 0 : rows), dloss_wide(dloss_out.direct() ? 0 : k * rows);
+    C* loss_data = loss_out.place(0, loss_wide.data());
+    C* dloss_data = dloss_out.place(0, dloss_wide.data());
+    run(job, loss_data, dloss_data);
+    loss_out.finish(0, rows, loss_data);
+    dloss_out.finish(0, k * rows, dloss_data);
+  };
+  if (any_double({&logits, &dlogits})) {
+    go(double{});
+  } else {
+    go(float{});
+  }
+  return {loss, dloss};
 }
 
-// Checks a tangent of `primal` and that its k agrees with the others.
-void check_moved(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& primal, int64_t* k) {
-  if (!t) return;
-  check_cpu(op, name, *t);
-  check_floating(op, name, *t);
-  check_tangents(op, name, *t, primal);
-  STD_TORCH_CHECK(*k == 0 || t->size(0) == *k, op, ": ", name, " has k = ", t->size(0),
-                  ", but another tangent has k = ", *k);
-  *k = t->size(0);
+// ---- elementwise losses
+
+template <class C>
+struct Elementwise {
+  int64_t numel, k;
+  Source<C> x, target, dx, dtarget, weight, pos_weight;
+  Sink<C> loss, dloss;
+};
+
+// dloss_i = slope (dx_i - dtarget_i) for one block
+template <class C>
+void multiply(const Elementwise<C>& job, const C* slope, int64_t at, int64_t n) {
+  alignas(64) C first[kBlock], second[kBlock];
+  for (int64_t i = 0; i < job.k; ++i) {
+    const int64_t from = i * job.numel + at;
+    const C* v = job.dtarget.read(from, n, second);
+    if (v != nullptr) {
+      for (int64_t j = 0; j < n; ++j) second[j] = -v[j];
+      v = second;
+    }
+    C* out = job.dloss.place(from, first);
+    math<C>().apply_slope(slope, job.dx.read(from, n, first), v, n, out);
+    job.dloss.finish(from, n, out);
+  }
+}
+
+template <class C>
+void mse_block(const Elementwise<C>& job, int64_t at, int64_t n) {
+  alignas(64) C first[kBlock], second[kBlock], slope[kBlock];
+  const C* x = job.x.read(at, n, first);
+  const C* t = job.target.read(at, n, second);
+  C* loss = job.loss.place(at, first);
+  for (int64_t j = 0; j < n; ++j) {
+    const C difference = x[j] - t[j];
+    loss[j] = difference * difference;
+    slope[j] = C(2) * difference;
+  }
+  job.loss.finish(at, n, loss);
+  multiply(job, slope, at, n);
+}
+
+// p = sigmoid(x), q = pos_weight: (1 - t) x + (1 + (q - 1) t) softplus(-x), as log p = -softplus(-x)
+template <class C>
+void bce_with_logits(const C* x, const C* t, const C* q, int64_t n, C* loss, C* slope) {
+  alignas(64) C negative[kBlock], soft[kBlock];
+  for (int64_t j = 0; j < n; ++j) negative[j] = -x[j];
+  // beta = 1 and no threshold: the kernel is stable everywhere
+  math<C>().activate(kSoftplus, C(1), std::numeric_limits<C>::infinity(), negative, n, soft, slope);
+  for (int64_t j = 0; j < n; ++j) {
+    const C mixed = q ? C(1) + (q[j] - C(1)) * t[j] : C(1);
+    loss[j] = (C(1) - t[j]) * x[j] + mixed * soft[j];
+    slope[j] = (C(1) - t[j]) - mixed * slope[j];
+  }
+}
+
+// Logarithms are at least -100 and p (1 - p) at least 1e-12, as in PyTorch's forward and derivative.
+template <class C>
+void bce_of_probability(const C* p, const C* t, int64_t n, C* loss, C* slope) {
+  for (int64_t j = 0; j < n; ++j) {
+    const C yes = std::max(std::log(p[j]), C(-100)), no = std::max(std::log1p(-p[j]), C(-100));
+    slope[j] = (p[j] - t[j]) / std::max(p[j] * (C(1) - p[j]), C(1e-12));
+    loss[j] = (t[j] - C(1)) * no - t[j] * yes;
+  }
+}
+
+template <class C>
+void bce_block(const Elementwise<C>& job, bool with_logits, int64_t at, int64_t n) {
+  alignas(64) C first[kBlock], second[kBlock], third[kBlock], loss[kBlock], slope[kBlock];
+  const C* x = job.x.read(at, n, first);
+  const C* t = job.target.read(at, n, second);
+  if (with_logits) {
+    bce_with_logits(x, t, job.pos_weight.read(at, n, third), n, loss, slope);
+  } else {
+    bce_of_probability(x, t, n, loss, slope);
+  }
+  const C* w = job.weight.read(at, n, third);
+  for (int64_t j = 0; w != nullptr && j < n; ++j) {
+    loss[j] *= w[j];
+    slope[j] *= w[j];
+  }
+  C* out = job.loss.place(at, first);
+  if (job.loss.direct()) std::copy(loss, loss + n, out);
+  job.loss.finish(at, n, loss);
+  multiply(job, slope, at, n);
+}
+
+// `t` as a dense tensor of shape `like`, to which it must broadcast
+Tensor broadcast(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  check_cpu(op, name, t);
+  check_dtype(op, name, t, like.scalar_type());
+  const std::vector<int64_t> shape = shape_of(like);
+  std::vector<int64_t> strides(shape.size(), 0);
+  const Tensor dense = torch::stable::contiguous(t);
+  const int64_t extra = like.dim() - t.dim();
+  bool fits = extra >= 0;
+  int64_t stride = 1;
+  for (int64_t j = t.dim() - 1; fits && j >= 0; --j) {
+    fits = t.size(j) == 1 || t.size(j) == shape[j + extra];
+    if (t.size(j) != 1) strides[j + extra] = stride;
+    stride *= t.size(j);
+  }
+  STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_string(t), ", expected one that broadcasts to ",
+                  shape_string(like));
+  return torch::stable::contiguous(as_strided(dense, shape, strides, 0));
+}
+
+void check_target(const char* op, const Tensor& target, const Tensor& input) {
+  check_cpu(op, "target", target);
+  check_dtype(op, "target", target, input.scalar_type());
+  check_shape(op, "target", target, shape_of(input));
 }
 
 std::tuple<Tensor, Tensor> mse_jvp(const Tensor& input, const std::optional<Tensor>& dinput, const Tensor& target,
                                    const std::optional<Tensor>& dtarget) {
   const char* op = "mse_jvp";
   check_cpu(op, "input", input);
-  check_cpu(op, "target", target);
   check_floating(op, "input", input);
-  check_dtype(op, "target", target, input.scalar_type());
-  check_shape(op, "target", target, shape_of(input));
+  check_target(op, target, input);
   STD_TORCH_CHECK(dinput || dtarget, op, ": dinput and dtarget are both None; at least one must be given");
-  int64_t k = 0;
-  check_moved(op, "dinput", dinput, input, &k);
-  check_moved(op, "dtarget", dtarget, target, &k);
-  const ScalarType compute = compute_type({&input, dinput ? &*dinput : nullptr, dtarget ? &*dtarget : nullptr});
-  const Tensor a = dense(input, compute), b = dense(target, compute);
-  std::optional<Tensor> da, db;
-  if (dinput) da = dense(*dinput, compute);
-  if (dtarget) db = dense(*dtarget, compute);
-  std::vector<int64_t> shape = shape_of(input), dshape = shape;
-  dshape.insert(dshape.begin(), k);
-  Tensor loss = new_tensor(a, shape, compute), dloss = new_tensor(a, dshape, compute);
-  const int64_t n = a.numel();
-  dispatch_compute(compute, [&](auto zero) {
+  const Tensor x = torch::stable::contiguous(input), t = torch::stable::contiguous(target);
+  const std::optional<Tensor> dx = dense_tangents(op, "dinput", dinput, input);
+  const std::optional<Tensor> dt = dense_tangents(op, "dtarget", dtarget, target);
+  const Tensor& given = dx ? *dx : *dt;
+  if (dx && dt) check_shape(op, "dtarget", *dt, shape_of(*dx));
+  auto [loss, dloss] = new_dual(x, shape_of(x), given.size(0), x.scalar_type(), given.scalar_type());
+  const auto go = [&, &loss = loss, &dloss = dloss](auto zero) {
     using C = decltype(zero);
-    const C *as = static_cast<const C*>(a.const_data_ptr()), *bs = static_cast<const C*>(b.const_data_ptr());
-    const C *das = data<C>(da), *dbs = data<C>(db);
-    C *out = static_cast<C*>(loss.mutable_data_ptr()), *dout = static_cast<C*>(dloss.mutable_data_ptr());
-    torch::stable::parallel_for(0, n, std::max<int64_t>(1, kWork / (1 + k)), [&](int64_t from, int64_t to) {
-      for (int64_t j = from; j < to; ++j) out[j] = (as[j] - bs[j]) * (as[j] - bs[j]);
-      for (int64_t i = 0; i < k; ++i) {
-        for (int64_t j = from; j < to; ++j) {
-          const C change = (das ? das[i * n + j] : C(0)) - (dbs ? dbs[i * n + j] : C(0));
-          dout[i * n + j] = C(2) * (as[j] - bs[j]) * change;
-        }
-      }
-    });
-  });
-  const Tensor& moved = dinput ? *dinput : *dtarget;
-  return {to_dtype(loss, input.scalar_type()), to_dtype(dloss, moved.scalar_type())};
-}
-
-// `t` stretched to `shape` by zero strides, or an error.
-Tensor broadcast(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape,
-                 ScalarType compute) {
-  check_cpu(op, name, t);
-  check_floating(op, name, t);
-  const int64_t missing = static_cast<int64_t>(shape.size()) - t.dim();
-  bool fits = missing >= 0;
-  std::vector<int64_t> strides(shape.size(), 0);
-  for (int64_t j = 0; fits && j < t.dim(); ++j) {
-    fits = t.size(j) == shape[missing + j] || t.size(j) == 1;
-    strides[missing + j] = t.size(j) == 1 ? 0 : t.stride(j);
+    const Elementwise<C> job{x.numel(), given.size(0), Source<C>(x),  Source<C>(t), Source<C>(dx), Source<C>(dt), {},
+                             {},        Sink<C>(loss), Sink<C>(dloss)};
+    for_each_block(job.numel, job.k, [&](int64_t at, int64_t n) { mse_block(job, at, n); });
+  };
+  if (any_double({&x, pointer_to(dx), pointer_to(dt)})) {
+    go(double{});
+  } else {
+    go(float{});
   }
-  STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_string(t), ", expected to broadcast to ",
-                  shape_string(shape));
-  return dense(as_strided(t, shape, strides, t.storage_offset()), compute);
+  return {loss, dloss};
 }
 
 template <class C>
-struct Element {
-  C loss, slope;
-};
-
-// log p = -softplus(-x) and log(1 - p) = -x - softplus(-x), with softplus(-x) = max(-x, 0) + log1p(exp(-|x|))
-template <class C>
-Element<C> with_logits(C x, C t, C q) {
-  const C mixed = C(1) + (q - C(1)) * t;
-  const C softplus = std::max(-x, C(0)) + std::log1p(std::exp(-std::abs(x)));
-  const C sigmoid = x >= 0 ? std::exp(-x) / (C(1) + std::exp(-x)) : C(1) / (C(1) + std::exp(x));  // of -x
-  return {(C(1) - t) * x + mixed * softplus, (C(1) - t) - mixed * sigmoid};
-}
-
-// PyTorch's own limits: logarithms at least -100, p (1 - p) at least 1e-12
-template <class C>
-Element<C> of_probability(C p, C t) {
-  const C one = std::max(std::log(p), C(-100)), other = std::max(std::log1p(-p), C(-100));
-  return {(t - C(1)) * other - t * one, (p - t) / std::max(p * (C(1) - p), C(1e-12))};
+void check_probabilities(const char* op, const Source<C>& x, int64_t numel) {
+  C scratch[kBlock];
+  for (int64_t at = 0; at < numel; at += kBlock) {
+    const int64_t n = std::min(kBlock, numel - at);
+    const C* values = x.read(at, n, scratch);
+    for (int64_t j = 0; j < n; ++j) {
+      STD_TORCH_CHECK(values[j] >= 0 && values[j] <= 1, op, ": input holds ", values[j],
+                      "; without logits all elements must lie in [0, 1]");
+    }
+  }
 }
 
 std::tuple<Tensor, Tensor> bce_jvp(const Tensor& input, const Tensor& dinput, const Tensor& target,
-                                   const std::optional<Tensor>& weight, const std::optional<Tensor>& pos_weight,
-                                   bool logits) {
+                                   const std::optional<Tensor>& weight_, const std::optional<Tensor>& pos_weight_,
+                                   bool with_logits) {
   const char* op = "bce_jvp";
   check_cpu(op, "input", input);
-  check_cpu(op, "target", target);
   check_floating(op, "input", input);
-  check_floating(op, "target", target);
-  check_shape(op, "target", target, shape_of(input));
-  int64_t k = 0;
-  check_moved(op, "dinput", dinput, input, &k);
-  STD_TORCH_CHECK(logits || !pos_weight, op, ": pos_weight is given, but with_logits is false; it needs logits");
-  const ScalarType compute = compute_type({&input, &dinput, &target});
-  const std::vector<int64_t> shape = shape_of(input);
-  const Tensor x = dense(input, compute), dx = dense(dinput, compute), t = dense(target, compute);
-  std::optional<Tensor> w, q;
-  if (weight) w = broadcast(op, "weight", *weight, shape, compute);
-  if (pos_weight) q = broadcast(op, "pos_weight", *pos_weight, shape, compute);
-  Tensor loss = new_tensor(x, shape, compute), dloss = new_tensor(x, shape_of(dinput), compute);
-  const int64_t n = x.numel();
-  dispatch_compute(compute, [&](auto zero) {
+  check_target(op, target, input);
+  STD_TORCH_CHECK(with_logits || !pos_weight_, op, ": pos_weight is given; it is accepted only with_logits");
+  const Tensor x = torch::stable::contiguous(input), t = torch::stable::contiguous(target);
+  const Tensor dx = *dense_tangents(op, "dinput", dinput, input);
+  std::optional<Tensor> weight, pos_weight;
+  if (weight_) weight = broadcast(op, "weight", *weight_, x);
+  if (pos_weight_) pos_weight = broadcast(op, "pos_weight", *pos_weight_, x);
+  auto [loss, dloss] = new_dual(x, shape_of(x), dx.size(0), x.scalar_type(), dx.scalar_type());
+  const auto go = [&, &loss = loss, &dloss = dloss](auto zero) {
     using C = decltype(zero);
-    const C *xs = static_cast<const C*>(x.const_data_ptr()), *ts = static_cast<const C*>(t.const_data_ptr());
-    const C *dxs = static_cast<const C*>(dx.const_data_ptr()), *ws = data<C>(w), *qs = data<C>(q);
-    C *out = static_cast<C*>(loss.mutable_data_ptr()), *dout = static_cast<C*>(dloss.mutable_data_ptr());
-    torch::stable::parallel_for(0, n, std::max<int64_t>(1, kWork / (1 + k)), [&](int64_t from, int64_t to) {
-      for (int64_t j = from; j < to; ++j) {
-        const Element<C> e = logits ? with_logits(xs[j], ts[j], qs ? qs[j] : C(1)) : of_probability(xs[j], ts[j]);
-        const C factor = ws ? ws[j] : C(1);
-        out[j] = factor * e.loss;
-        for (int64_t i = 0; i < k; ++i) dout[i * n + j] = factor * e.slope * dxs[i * n + j];
-      }
-    });
-  });
-  return {to_dtype(loss, input.scalar_type()), to_dtype(dloss, dinput.scalar_type())};
+    const Elementwise<C> job{x.numel(), dx.size(0),        Source<C>(x),          Source<C>(t),  Source<C>(dx),
+                             {},        Source<C>(weight), Source<C>(pos_weight), Sink<C>(loss), Sink<C>(dloss)};
+    if (!with_logits) check_probabilities(op, job.x, job.numel);
+    for_each_block(job.numel, job.k, [&](int64_t at, int64_t n) { bce_block(job, with_logits, at, n); });
+  };
+  if (any_double({&x, &dx})) {
+    go(double{});
+  } else {
+    go(float{});
+  }
+  return {loss, dloss};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {

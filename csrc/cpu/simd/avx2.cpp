@@ -1,3 +1,4 @@
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 
@@ -7,11 +8,14 @@
 #if defined(FROG_X86_KERNELS)
 #include <immintrin.h>
 // After every shared header: what follows may use AVX2 and is in a namespace of its own.
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define FROG_ISA avx2
 #include "schedule.h"
 //
 #include "isa_avx2.h"
+#include "lanes_avx2.h"
+#include "elementary.h"
+#include "math_impl.h"
 #include "attention_impl.h"
 #include "kernels_impl.h"
 

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 
@@ -16,6 +17,9 @@
 #include "schedule.h"
 //
 #include "isa_avx512.h"
+#include "lanes_avx512.h"
+#include "elementary.h"
+#include "math_impl.h"
 #include "attention_impl.h"
 #include "kernels_impl.h"
 

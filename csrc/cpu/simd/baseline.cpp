@@ -1,3 +1,4 @@
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 
@@ -9,6 +10,9 @@
 #include "schedule.h"
 //
 #include "isa_baseline.h"
+#include "lanes_baseline.h"
+#include "elementary.h"
+#include "math_impl.h"
 #include "attention_impl.h"
 #include "kernels_impl.h"
 

@@ -22,6 +22,24 @@ struct DrawSpec {
   const int64_t* coordinates;  // [first + k] for the standard basis, else null
 };
 
+// Kernels of the pointwise family, softmax and losses, for T = float or double.
+template <class T>
+struct MathKernels {
+  // y[j] = f(x[j]) and slope[j] = f'(x[j]); function as in POINTWISE of frog_cuda/ops.py; y may be x
+  void (*activate)(int64_t function, T alpha, T beta, const T* x, int64_t n, T* y, T* slope);
+  // dy[j] = slope[j] (dx[j] + v[j]), where one of dx and v may be null and dy may be either
+  void (*apply_slope)(const T* slope, const T* dx, const T* v, int64_t n, T* dy);
+  // the same for slopes 0 and 1, where slope 0 gives 0 whatever the tangent
+  void (*apply_mask)(const T* slope, const T* dx, const T* v, int64_t n, T* dy);
+  // p[j] = exp(x[j] - shift) / sum with shift = max x; returns the sum
+  T (*softmax)(const T* x, int64_t n, T* p, T* shift);
+  // out[i * out_ld] = sum_j g[j] dx[i * ld + j] for i < k
+  void (*dots)(const T* g, const T* dx, int64_t n, int64_t k, int64_t ld, T* out, int64_t out_ld);
+  // dy[i * ld + j] = p[j] (dx[i * ld + j] - mean_i), mean_i = sum_j p[j] dx[i * ld + j]; the logarithm's lacks the p[j]
+  void (*softmax_tangents)(const T* p, const T* dx, int64_t n, int64_t k, int64_t ld, T* dy);
+  void (*log_softmax_tangents)(const T* p, const T* dx, int64_t n, int64_t k, int64_t ld, T* dy);
+};
+
 struct SimdKernels {
   const char* name;
 
@@ -52,6 +70,15 @@ struct SimdKernels {
   void (*rescale_f64)(double* out, int64_t groups, int64_t rows, int64_t width, const double* correction);
   int64_t vector_f32, vector_f64;  // elements of a vector register
   int64_t panel_f32, panel_f64;    // widest xt panel the tile kernel takes
+
+  MathKernels<float> math_f32;
+  MathKernels<double> math_f64;
+
+  // conversions; those of IEEE half are null where the instruction set has none
+  void (*widen_bf16)(const uint16_t* from, int64_t n, float* to);
+  void (*narrow_bf16)(const float* from, int64_t n, uint16_t* to);
+  void (*widen_f16)(const uint16_t* from, int64_t n, float* to);
+  void (*narrow_f16)(const float* from, int64_t n, uint16_t* to);
 };
 
 constexpr int64_t kTileRows = 6;  // rows of v that one tile call holds in registers

@@ -4,17 +4,6 @@
 
 namespace frog::FROG_ISA {
 
-template <class T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  using type = F32;
-};
-template <>
-struct VectorOf<double> {
-  using type = F64;
-};
-
 // ---- drawing
 
 // A tangent's part of a group: elements [from, to) of it are wanted; the group starts at element `at`, counted from the
@@ -310,6 +299,12 @@ const SimdKernels kTable = {
     F64::kWidth,
     kTileVectors * F32::kWidth,
     kTileVectors * F64::kWidth,
+    math_kernels<float>(),
+    math_kernels<double>(),
+    widen_bf16,
+    narrow_bf16,
+    kWidenHalf,
+    kNarrowHalf,
 };
 
 }  // namespace frog::FROG_ISA

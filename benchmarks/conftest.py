@@ -1,0 +1,94 @@
+"""Options of the benchmarks, and the two fixtures that time a thing beside what it is compared with."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # frog_cuda as it lies here, installed or not
+
+import torch
+
+QUICK_SECONDS, SECONDS = 0.25, 1.5  # spent on one case and on what it is compared with
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("frog_cuda")
+    group.addoption("--widths", default="256,1024,4096", help="widths of the nets, separated by commas")
+    group.addoption("--k", default="1,2,4,16", help="numbers of tangents, separated by commas")
+    group.addoption("--quick", action="store_true", help="fewer rounds")
+    group.addoption("--rounds", type=int, help="so many rounds of each case, instead of as many as fit its time")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+@pytest.fixture(scope="session")
+def seconds(request: pytest.FixtureRequest) -> float:
+    return QUICK_SECONDS if request.config.getoption("--quick") else SECONDS
+
+
+@pytest.fixture
+def single_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+Compare = Callable[..., None]
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, benchmark: Any, seconds: float) -> Compare:
+    """``compare(fn, against, **extra)``: times both in turns, so that what else the machine does cancels out.
+
+    ``fn`` is what pytest-benchmark reports; ``against`` runs in the set-up of every round. Calls shorter than a millisecond are
+    repeated within a round. The median times of one call and the median of the rounds' ratios go into ``extra_info``.
+    """
+
+    def run(fn: Callable[[], Any], against: Callable[[], Any], *, min_rounds: int = 3, **extra: Any) -> None:
+        fixed = request.config.getoption("--rounds")
+        inner = [max(1, int(1e-3 / _once(f))) for f in (fn, against)]
+        # once more, now that nothing is cold
+        cost = sum(_once(f) * n for f, n in zip((fn, against), inner))
+        rounds = fixed or min(200, max(min_rounds, int(seconds / cost)))
+        others: list[float] = []
+
+        def setup() -> None:
+            start = time.perf_counter()
+            for _ in range(inner[1]):
+                against()
+            others.append((time.perf_counter() - start) / inner[1])
+
+        def body() -> None:
+            for _ in range(inner[0]):
+                fn()
+
+        benchmark.pedantic(body, setup=setup, rounds=rounds, iterations=1, warmup_rounds=1)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        own = [t / inner[0] for t in benchmark.stats.stats.data]
+        others = others[-len(own) :]  # without the warm-up
+        benchmark.extra_info.update(
+            extra,
+            time=statistics.median(own),
+            against=statistics.median(others),
+            ratio=statistics.median(a / b for a, b in zip(own, others, strict=True)),
+            rounds=len(own),
+        )
+
+    return run
+
+
+def _once(fn: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start

@@ -14,6 +14,7 @@ derivative it does not know. The rules live in :mod:`frog_cuda.rules`, one file 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
@@ -171,7 +172,7 @@ class DualTensor(torch.Tensor):
     def _write(self, primal: Tensor, tangents: Tensor | None, name: object) -> DualTensor:
         """Overwrites value and tangents in place, so that views of this tensor and its base see both; None means zeros."""
         if self._readonly is not None:
-            raise RuntimeError(f"{name}: in-place operation on {self._readonly}; clone() it first")
+            raise RuntimeError(f"{name}{called_from()}: in-place operation on {self._readonly}; clone() it first")
         if primal.shape != self._primal.shape or not torch.can_cast(primal.dtype, self._primal.dtype):
             raise RuntimeError(
                 f"{name}: the in-place result has shape {tuple(primal.shape)} and dtype {primal.dtype}, which does not fit a "
@@ -312,6 +313,28 @@ def draw(primal: Tensor, sampled: SampledTangents, first: int = 0, count: int | 
 
 def _k_mismatch(where: object, first: int, second: int) -> ValueError:
     return ValueError(f"{where}: tangents disagree in number: one DualTensor has k = {first}, another k = {second}")
+
+
+def called_from() -> str:
+    """For errors: `` (called from layers.0.attention, a SelfAttention of VisionTransformer)``; empty outside modules.
+
+    Reads the modules off the stack of Python calls, so that a pass without errors pays nothing for it.
+    """
+    modules: list[torch.nn.Module] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module):
+            modules.append(owner)
+        frame = frame.f_back  # type: ignore[assignment]
+    if not modules:
+        return ""
+    inner, outer = modules[0], modules[-1]
+    kind = type(inner).__name__
+    if inner is outer:
+        return f" (called from a {kind})"
+    path = next((name for name, module in outer.named_modules() if module is inner), "a module")
+    return f" (called from {path}, a {kind} of {type(outer).__name__})"
 
 
 def primal_of(t: Any) -> Any:

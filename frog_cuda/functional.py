@@ -37,7 +37,8 @@ def jvp(fn: Callable[..., Any], primals: Any, tangents: Any, *, chunk_size: int 
         TypeError: structures differ, a tangent of a tensor that is not floating point, ``fn`` returns something else than
             tensors.
         ValueError: shape, dtype, device or k do not fit; no tangents at all; chunk_size < 1.
-        NotImplementedError: PyTorch has no forward-mode rule for an operation in ``fn``; it is named.
+        NotImplementedError: PyTorch has no forward-mode rule for an operation in ``fn``; the error names it and the
+            module that called it.
     """
     if not isinstance(primals, (tuple, list)) or not isinstance(tangents, (tuple, list)):
         raise TypeError(

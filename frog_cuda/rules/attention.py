@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dual import DualTensor, _make, aten, rule
+from ..dual import DualTensor, _make, aten, called_from, rule
 from .helpers import FUSED_DTYPES, common_k, parts
 
 _aten = torch.ops.aten
@@ -101,7 +101,7 @@ def _backend(mask_name: str | None) -> Any:
         given = dict(zip([a.name for a in func._schema.arguments[3:]], args, strict=False)) | kwargs
         if given.get("dropout_p", 0.0) > 0.0:
             raise NotImplementedError(
-                f"{func}: attention dropout inside a fused backend has no tangents; call "
+                f"{func}{called_from()}: attention dropout inside a fused backend has no tangents; call "
                 "torch.nn.functional.scaled_dot_product_attention, which draws one mask for the value and all tangents"
             )
         mask = None if mask_name is None else given.get(mask_name)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dual import DualTensor, _make, aten, rule
+from ..dual import DualTensor, _make, aten, called_from, rule
 from .helpers import common_k, low_dtype, parts, wrap
 
 _aten = torch.ops.aten
@@ -58,7 +58,9 @@ def tolist(x: DualTensor) -> Any:
 
 @rule(torch.Tensor.numpy, torch.Tensor.__array__)
 def numpy(x: DualTensor, *args: Any, **kwargs: Any) -> Any:
-    raise RuntimeError("numpy: a DualTensor's tangents would be lost in a numpy array; use .primal.numpy() if that is meant")
+    raise RuntimeError(
+        f"numpy{called_from()}: a DualTensor's tangents would be lost in a numpy array; use .primal.numpy() if that is meant"
+    )
 
 
 @rule(torch.Tensor.requires_grad_)
@@ -75,7 +77,7 @@ def set_requires_grad(x: DualTensor, requires_grad: bool) -> None:
 
 @rule(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
 def set_data(x: DualTensor, data: Tensor) -> None:
-    raise RuntimeError("data: a DualTensor's value cannot be replaced; use copy_()")
+    raise RuntimeError(f"data{called_from()}: a DualTensor's value cannot be replaced; use copy_()")
 
 
 @rule(torch.Tensor.backward)

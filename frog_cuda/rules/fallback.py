@@ -12,7 +12,7 @@ from torch._C import DispatchKey
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..dual import resolve
+from ..dual import called_from, resolve
 from .helpers import common_k, low_dtype, parts, wrap
 
 # A rule runs with the autograd keys switched off, and so would everything inside torch.func.jvp. These are the dispatch keys of
@@ -45,14 +45,14 @@ def _decompose(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_out(func: Any, *args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError(f"{func}: out= is not supported with a DualTensor; use the result instead")
+    raise NotImplementedError(f"{func}{called_from()}: out= is not supported with a DualTensor; use the result instead")
 
 
 def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Value and tangents of one operation through ``torch.func.jvp``, vectorised over k where PyTorch can.
 
     Raises:
-        NotImplementedError: PyTorch has no forward-mode rule for the operation.
+        NotImplementedError: PyTorch has no forward-mode rule for the operation; names it and the module that called it.
     """
     flat, spec = tree_flatten((args, kwargs))
     flat = [resolve(a) for a in flat]
@@ -92,7 +92,9 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
         d_outs = _push(func, one, primals, tangents, k, rewind)
     if not connected and func.namespace not in ("aten", "prims"):
         # PyTorch hands back zeros for an operator that has no derivative registered at all
-        raise NotImplementedError(f"{func}: no forward-mode derivative is registered; PyTorch would take its tangents as zero")
+        raise NotImplementedError(
+            f"{func}{called_from()}: no forward-mode derivative is registered; PyTorch would take its tangents as zero"
+        )
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     for j, d in zip(wanted, d_outs, strict=True):
         if j in connected:
@@ -129,7 +131,9 @@ def _push(
             with rewind or nullcontext():
                 rows.append(jvp(*(t[i] for t in tangents)))
     except (RuntimeError, NotImplementedError) as error:
-        raise NotImplementedError(f"{func}: no rule for DualTensor, and PyTorch's forward mode fails: {error}") from error
+        raise NotImplementedError(
+            f"{func}{called_from()}: no rule for DualTensor, and PyTorch's forward mode fails: {error}"
+        ) from error
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 

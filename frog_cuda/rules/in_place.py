@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..dual import DualTensor, aten
+from ..dual import DualTensor, aten, called_from
 from .helpers import full, lift, parts
 
 _aten = torch.ops.aten
@@ -28,8 +28,8 @@ def in_place(func: Any, *args: Any, **kwargs: Any) -> Any:
 def _check_target(func: Any, target: Any) -> None:
     if type(target) is not DualTensor:
         raise RuntimeError(
-            f"{func}: in-place operation on a plain tensor with a DualTensor argument, whose tangents would be lost; use the "
-            "out-of-place operation, or make the buffer from a DualTensor: x.new_zeros(...), torch.zeros_like(x)"
+            f"{func}{called_from()}: in-place operation on a plain tensor with a DualTensor argument, whose tangents would be "
+            "lost; use the out-of-place operation, or make the buffer from a DualTensor: x.new_zeros(...), torch.zeros_like(x)"
         )
 
 
@@ -42,7 +42,9 @@ def _out_of_place(func: Any) -> Any:
         candidate = getattr(packet, overload)
         if [str(a.type) for a in candidate._schema.arguments] == wanted and not candidate._schema.is_mutable:
             return candidate
-    raise NotImplementedError(f"{func}: no rule for DualTensor, and no out-of-place twin of this in-place operation")
+    raise NotImplementedError(
+        f"{func}{called_from()}: no rule for DualTensor, and no out-of-place twin of this in-place operation"
+    )
 
 
 @aten(_aten.copy_.default)
@@ -121,4 +123,4 @@ def reshape_(func: Any, target: Any, *args: Any) -> Any:
     _aten.set_.default,
 )
 def refuse(func: Any, *args: Any, **kwargs: Any) -> Any:
-    raise NotImplementedError(f"{func}: changing the storage of a DualTensor in place is not supported")
+    raise NotImplementedError(f"{func}{called_from()}: changing the storage of a DualTensor in place is not supported")

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import ops
+from ._checks import flat
 from .aggregate import Aggregate, Custom
 from .dual import add_activity, primal_of
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
 from .layers import Group
 from .local import local_gradient
-from .tangents import Distribution, Piece, StandardBasis, Supplied, TangentSet, flat
+from .tangents import Distribution, Piece, StandardBasis, Supplied, TangentSet
 from .weight import Inputs, check_parameters, copied_buffers
 
 Perturb = Callable[["Segment", Tensor], Tensor]

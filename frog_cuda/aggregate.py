@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .tangents import Distribution, check_count, is_real
+from ._checks import check_count, is_real
+from .tangents import Distribution
 from .tangents import resolve as resolve_tangents
 
 __all__ = [

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import ops
-from .aggregate import Aggregate, Custom, scaling_correction
-from .dual import DualTensor
+from .aggregate import Aggregate, Custom, Orthogonal, scaling_correction
+from .dual import DualTensor, primal_of
 from .tangents import TangentSet
 
 __all__ = ["Estimate"]
@@ -39,6 +39,8 @@ class Estimate:
     custom: Tensor | None = field(repr=False)
     _gram: Callable[[], Tensor] = field(repr=False)
     _rank: Tensor | None = field(repr=False)
+    #: what the derivatives were computed in
+    _dtype: torch.dtype = field(repr=False)
 
     @property
     def gram(self) -> Tensor:
@@ -50,8 +52,8 @@ class Estimate:
     def rank(self) -> Tensor:
         """Number of independent tangents, int64 ``()``, or ``(B,)`` where each sample has its own tangents."""
         if self._rank is None:
-            gram = self.gram
-            _, self._rank = ops.cholesky_project(gram, gram.new_zeros((*gram.shape[:-1], 1)))
+            _, self._rank = Orthogonal().coefficients(self.gram, self.directional_derivatives, self.n, self._dtype)
+            assert self._rank is not None
         return self._rank
 
 
@@ -98,12 +100,12 @@ def solve(
             got = tuple(custom.shape) if isinstance(custom, Tensor) else type(custom).__name__
             raise ValueError(f"aggregate: the callable returned {got}; expected a gradient of shape {expected}")
         _check_finite("the gradient from the custom aggregation", custom)
-        return Estimate(loss, d, None, n, None, custom, gram, None)
+        return Estimate(loss, d, None, n, None, custom, gram, None, dtype)
     c, rank = aggregate.coefficients(gram() if aggregate.needs_gram else None, d, n, dtype)
     if correct_length:
         c = c * scaling_correction(aggregate, distribution, k, n)
     _check_finite("coefficients", c)
-    return Estimate(loss, d, c, n, c if mixing is None else _apply(mixing, c), None, gram, rank)
+    return Estimate(loss, d, c, n, c if mixing is None else _apply(mixing, c), None, gram, rank, dtype)
 
 
 def _apply(matrix: Tensor, columns: Tensor) -> Tensor:
@@ -124,25 +126,28 @@ def _once(make: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return get
 
 
-def read_loss(loss: Any) -> tuple[Tensor, Tensor]:
-    """Value and tangents of what the loss function returned: (), (k,); or (B,), (k, B).
+def read_loss(loss: Any, name: str = "loss_fn") -> tuple[Tensor, Tensor]:
+    """Value and tangents of what the function ``name`` returned: (), (k,); or (B,), (k, B).
 
     Raises:
         TypeError: no floating point tensor.
         ValueError: neither a scalar nor one loss per sample; or it does not depend on what is perturbed.
         FloatingPointError: NaN or infinite.
     """
+    check_loss(loss, name)
+    if not isinstance(loss, DualTensor):
+        raise ValueError(f"{name}: the result does not depend on anything that is perturbed")
+    return loss.primal, loss.tangents
+
+
+def check_loss(loss: Any, name: str) -> None:
+    """The checks of :func:`read_loss` that need no tangents."""
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
         what = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"loss_fn returned {what}; expected a real floating point tensor")
+        raise TypeError(f"{name} returned {what}; expected a real floating point tensor")
     if loss.dim() > 1 or loss.numel() == 0:
-        raise ValueError(
-            f"loss_fn returned shape {tuple(loss.shape)}; expected a scalar () or one loss per sample (B,), B >= 1"
-        )
-    if not isinstance(loss, DualTensor):
-        raise ValueError("loss_fn: the loss does not depend on anything that is perturbed")
-    _check_finite("the loss", loss.primal)
-    return loss.primal, loss.tangents
+        raise ValueError(f"{name} returned shape {tuple(loss.shape)}; expected a scalar () or one loss per sample (B,), B >= 1")
+    _check_finite("the loss", primal_of(loss).detach())
 
 
 def _check_finite(what: str, values: Tensor) -> None:

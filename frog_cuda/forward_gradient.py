@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from . import aggregate as aggregations
 from . import tangents as distributions
+from ._checks import check_count, check_seed, check_step, flat
 from .activity import ActivityPerturbation
 from .aggregate import Aggregate, scaling_correction
 from .dual import DualTensor
-from .estimate import Estimate, read_loss, solve
+from .estimate import Estimate, check_loss, read_loss, solve
 from .layers import activity_groups, select
-from .tangents import Piece, TangentSet, check_count, check_seed, check_step, flat
+from .tangents import Piece, TangentSet
 from .weight import Inputs, WeightPerturbation
 
 __all__ = ["ForwardGradient", "forward_gradient"]
@@ -129,6 +130,7 @@ class ForwardGradient:
         """The forward pass alone: fills ``last`` and counts the step, but touches no ``.grad``. Same arguments and errors as a
         call; :meth:`accumulate_` or :meth:`update_` go on from there."""
         inputs = _arguments(input)
+        check_step(self.step)
         tangents = self.tangent_set(inputs)
         estimate = self._method.derivatives(
             tangents,
@@ -251,7 +253,7 @@ def forward_gradient(
         value, derivatives = _backprop(fn, x, base)
     else:
         with torch.no_grad():
-            value, derivatives = read_loss(fn(DualTensor(x, base)))
+            value, derivatives = read_loss(fn(DualTensor(x, base)), "fn")
     if value.dim() != 0:
         raise ValueError(f"fn returned shape {tuple(value.shape)}; expected a scalar ()")
     with torch.no_grad():
@@ -275,6 +277,11 @@ def _backprop(fn: Callable[[Tensor], Any], x: Tensor, base: Tensor) -> tuple[Ten
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = fn(leaf)
+        check_loss(value, "fn")
+        if value.dim() != 0:
+            raise ValueError(f"fn returned shape {tuple(value.shape)}; expected a scalar ()")
+        if not value.requires_grad:
+            raise ValueError("fn: the result does not depend on anything that is perturbed")
         (gradient,) = torch.autograd.grad(value, leaf)
     return value.detach(), flat(base) @ gradient.flatten()
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from ._checks import flat
 from .activity import ActivityPerturbation, Segment
 from .estimate import Estimate, solve
 from .forward_gradient import ForwardGradient, _arguments
 from .functional import RandomNumbers
-from .tangents import TangentSet, flat
+from .tangents import TangentSet
 from .weight import Inputs, WeightPerturbation, copied_buffers
 
 __all__ = ["Simulated", "simulate"]

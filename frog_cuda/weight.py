@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ._checks import flat
 from .aggregate import Aggregate, Custom
 from .dual import DualTensor, SampledTangents
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
-from .tangents import Distribution, Piece, TangentSet, flat
+from .tangents import Distribution, Piece, TangentSet
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

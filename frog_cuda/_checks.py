@@ -1,0 +1,51 @@
+"""Checks of plain arguments, shared by the public functions."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def flat(tangents: Tensor, leading: int = 1) -> Tensor:
+    """Everything but the leading axes as one axis: (k, *shape) -> (k, n), also where shape is () or holds a 0."""
+    lead = tangents.shape[:leading]
+    return tangents.reshape(*lead, math.prod(tangents.shape[leading:]))
+
+
+def is_real(value: Any) -> bool:
+    """A number that may be NaN or infinite; a bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any) -> int:
+    """An integer >= 1."""
+    value = _integer(name, value, "an integer >= 1")
+    if value < 1:
+        raise ValueError(f"{name} is {value}; expected an integer >= 1")
+    return value
+
+
+def check_seed(value: Any) -> int:
+    """Any 64-bit integer, signed or unsigned, as a signed one."""
+    value = _integer("seed", value, "a 64-bit integer")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"seed is {value}; expected a 64-bit integer")
+    return value - 2**64 if value >= 2**63 else value
+
+
+def check_step(value: Any) -> int:
+    """An integer in [0, 2^32)."""
+    value = _integer("step", value, "an integer in [0, 2^32)")
+    if not 0 <= value < 2**32:
+        raise ValueError(f"step is {value}; expected an integer in [0, 2^32)")
+    return value
+
+
+def _integer(name: str, value: Any, expected: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected {expected}")
+    return int(value)

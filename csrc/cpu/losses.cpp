@@ -185,12 +185,12 @@ void bce_with_logits(const C* x, const C* t, const C* q, int64_t n, C* loss, C* 
   }
 }
 
-// Logarithms are at least -100 and p (1 - p) at least 1e-12, as in PyTorch's forward and derivative.
+// Logarithms are at least -100 and p (1 - p) at least 1e-12, a float32 at every precision, as in PyTorch.
 template <class C>
 void bce_of_probability(const C* p, const C* t, int64_t n, C* loss, C* slope) {
   for (int64_t j = 0; j < n; ++j) {
     const C yes = std::max(std::log(p[j]), C(-100)), no = std::max(std::log1p(-p[j]), C(-100));
-    slope[j] = (p[j] - t[j]) / std::max(p[j] * (C(1) - p[j]), C(1e-12));
+    slope[j] = (p[j] - t[j]) / std::max(p[j] * (C(1) - p[j]), C(1e-12f));
     loss[j] = (t[j] - C(1)) * no - t[j] * yes;
   }
 }

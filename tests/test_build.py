@@ -368,5 +368,14 @@ def test_source_distribution_holds_all_that_a_build_needs(tmp_path):
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     sources = [p for folder in ("csrc", "frog_cuda", "tests", "benchmarks") for p in (ROOT / folder).rglob("*")]
     needed = {p.relative_to(ROOT).as_posix() for p in sources if p.suffix in (".h", ".cpp", ".cu", ".cuh", ".py")}
-    needed |= {"setup.py", "pyproject.toml", "requirements.txt", "Makefile", "LICENSE", "CHANGELOG.md", "frog_cuda/py.typed"}
+    needed |= {
+        "setup.py",
+        "pyproject.toml",
+        "requirements.txt",
+        "Makefile",
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "frog_cuda/py.typed",
+    }
     assert needed <= names

@@ -132,12 +132,14 @@ def test_vmap_jvp_estimates_as_frog_cuda_does(data: digits.Digits, aggregate: st
 
 
 def test_medians_take_turns() -> None:
-    calls: list[str] = []
-    taken = timing.interleaved_medians(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, torch.device("cpu"), rounds=2, burst=2
-    )
-    assert calls == ["a"] * 3 + ["b"] * 3 + ["a"] * 3 + ["b"] * 3 + ["a"] * 3 + ["b"] * 3
+    made: list[str] = []
+    calls = {name: (lambda name=name: made.append(name)) for name in "ab"}
+    taken = timing.interleaved_medians(calls, torch.device("cpu"), rounds=2, limit=60, burst=2)
+    assert "".join(made) == 3 * "aaabbb"
     assert set(taken) == {"a", "b"} and all(0 < t < 1 for t in taken.values())
+    made.clear()
+    timing.interleaved_medians(calls, torch.device("cpu"), rounds=50, limit=0, burst=2)
+    assert "".join(made) == 2 * "aaabbb", "one round to warm up and one that counts, whatever the limit"
 
 
 # ---- the command line

@@ -12,7 +12,7 @@ __all__ = ["interleaved_medians"]
 
 
 def interleaved_medians(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, burst: int = 4
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, limit: float, burst: int = 4
 ) -> dict[str, float]:
     """Median seconds of each call.
 
@@ -22,9 +22,14 @@ def interleaved_medians(
     Arguments:
         calls: by name.
         device: a GPU is waited for before and after each call.
+        rounds: at most so many.
+        limit: seconds after which no further round starts; one is always counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
     for turn in range(rounds + 1):
+        if turn > 1 and time.perf_counter() - began > limit:
+            break
         for name, call in calls.items():
             call()
             for _ in range(burst):

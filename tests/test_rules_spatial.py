@@ -56,6 +56,12 @@ def test_against_torch_func(name, no_fallback):
     check(call, draw(*shape).mT.contiguous().mT, k=1)
 
 
+@pytest.mark.parametrize("name", [n for n, (_, shape) in CALLS.items() if len(shape) > 3])
+def test_channels_last(name, no_fallback):
+    call, shape = CALLS[name]
+    check(call, draw(*shape).to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d))
+
+
 @pytest.mark.parametrize("name", [n for n in CALLS if "pool" in n and n != "lp_pool2d" or n in ("reflect", "unfold")])
 def test_without_a_batch_axis(name):
     call, shape = CALLS[name]

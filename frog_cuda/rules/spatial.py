@@ -17,6 +17,9 @@ LINEAR: dict[str, int] = {
     "avg_pool1d": 3,
     "avg_pool2d": 4,
     "avg_pool3d": 5,
+    # whole, because their decomposition changes strides in place where channels come last
+    "adaptive_avg_pool2d": 4,
+    "adaptive_avg_pool3d": 5,
     "_adaptive_avg_pool2d": 4,
     "_adaptive_avg_pool3d": 5,
     "reflection_pad1d": 3,

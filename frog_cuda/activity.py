@@ -9,6 +9,7 @@ Flügel et al., arXiv 2410.17764, section 4.4.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class ActivityPerturbation:
         self._names = {id(p): name for name, p in self.parameters.items()}
         check_parameters(model, self.parameters)
         self.segments: list[Segment] = []
+        self._warned = False
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +124,22 @@ class ActivityPerturbation:
             columns.append(moved)
         for segment, parts in zip(self.segments, zip(*kept, strict=True), strict=True):
             segment.tangents = list(parts)
+        self._warn_of_layers_not_called()
         return self.finish(tangents, aggregate, loss, value.dim() == 1, torch.cat(columns), correct_length)
+
+    def _warn_of_layers_not_called(self) -> None:
+        """Once: a module may use the weights of an inner one without calling it, as torch.nn.MultiheadAttention does."""
+        if self._warned:
+            return
+        self._warned = True
+        called = {id(s.group) for s in self.segments}
+        idle = [g.name for g in self.groups if id(g) not in called]
+        if idle:
+            warnings.warn(
+                f"activity perturbation: {', '.join(idle)} were not called in the forward pass, and their parameters get no "
+                "gradient; where an outer module uses them by itself, name that one in layers=",
+                stacklevel=5,
+            )
 
     def finish(
         self,

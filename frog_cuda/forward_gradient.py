@@ -42,7 +42,8 @@ class ForwardGradient:
             outputs of layers (n = number of outputs of a sample); parameters get a layer-local gradient.
         layers: which modules: names, a predicate ``(name, module) -> bool``, or lists of names as groups. Activity: the output
             of each module (of the last one of a group) is perturbed; the default is every innermost module that owns trainable
-            parameters. Weight: the parameters of these modules; the default is all.
+            parameters. Weight: the parameters of these modules; the default is all. A parameter that no inner module owns, such
+            as a class token, goes by its own name: ``[["class_token", "layers.0"], ["layers.1"]]``.
         tangents: a name, an object of :mod:`frog_cuda.tangents`, a callable, or tensors used as they are:
             ``{name: (k, *shape)}`` with a parameter's shape, or for activities the shape of an output without its batch axis.
         aggregate: a name or an object of :mod:`frog_cuda.aggregate`, or a callable ``(tangents, derivatives) -> gradient``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +11,34 @@ from torch import Tensor, nn
 
 from .local import LocalRule, local_rule
 
-Named = tuple[str, nn.Module]
+Named = tuple[str, nn.Module | nn.Parameter]
+
+
+def parameters_of(member: nn.Module | nn.Parameter) -> Iterator[nn.Parameter]:
+    """All parameters of a module, or the parameter itself."""
+    yield from member.parameters() if isinstance(member, nn.Module) else (member,)
 
 
 @dataclass(eq=False)
 class Group:
-    """Modules that count as one layer: the output of the last one is perturbed, and the trainable parameters of all of them get
-    their gradient from it."""
+    """Modules, and parameters that no inner module owns, that count as one layer: the output of the last one, a module, is
+    perturbed, and all trainable parameters get their gradient from it."""
 
-    modules: list[Named]
+    members: list[Named]
 
     def __post_init__(self) -> None:
-        self.name, self.output = self.modules[-1]
+        self.name, output = self.members[-1]
+        if not isinstance(output, nn.Module):
+            raise ValueError(
+                f"layers: {self.name!r} is a parameter; put it in a group that ends with the module whose output is perturbed"
+            )
+        self.output = output
         self.parameters: list[Tensor] = []
-        for _, module in self.modules:
-            self.parameters += [p for p in module.parameters() if p.requires_grad and not any(p is q for q in self.parameters)]
+        for _, member in self.members:
+            own = [p for p in parameters_of(member) if p.requires_grad]
+            self.parameters += [p for p in own if not any(p is q for q in self.parameters)]
         #: how a single layer gets its gradient without a second pass; None where that is not known
-        self.rule: LocalRule | None = local_rule(self.output) if len(self.modules) == 1 else None
+        self.rule: LocalRule | None = local_rule(self.output) if len(self.members) == 1 else None
 
 
 def select(model: nn.Module, layers: Any) -> list[list[Named]]:
@@ -35,13 +46,13 @@ def select(model: nn.Module, layers: Any) -> list[list[Named]]:
 
     Arguments:
         layers: module names; a predicate ``(name, module) -> bool``; or groups, a list of lists of names, in the order in which
-            the modules run.
+            the modules run. Names of parameters are accepted, too, such as a class token that no inner module owns.
     Raises:
         TypeError, ValueError: not of this form, unknown name, nothing selected, a module in two groups.
     """
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module | nn.Parameter] = dict(model.named_modules())
     if callable(layers):
-        chosen = [[(name, module)] for name, module in modules.items() if layers(name, module)]
+        chosen: list[list[Named]] = [[(name, module)] for name, module in modules.items() if layers(name, module)]
         if not chosen:
             raise ValueError("layers: the predicate selects no module")
         return chosen
@@ -53,19 +64,22 @@ def select(model: nn.Module, layers: Any) -> list[list[Named]]:
     if len(layers) == 0:
         raise ValueError("layers is empty; name at least one module, or pass None for all")
     groups = [[entry] if isinstance(entry, str) else entry for entry in layers]
+    members = modules | dict(model.named_parameters(remove_duplicate=False))
     seen: set[str] = set()
     found: list[list[Named]] = []
     for group in groups:
         if not isinstance(group, Sequence) or not group or not all(isinstance(name, str) for name in group):
             raise TypeError(f"layers: {group!r} is neither a module name nor a non-empty list of module names")
         for name in group:
-            if name not in modules:
+            if name not in members:
                 known = [n for n in modules if n][:10]
-                raise ValueError(f"layers: the model has no module {name!r}; it has {', '.join(known) or 'none'}, ...")
+                raise ValueError(
+                    f"layers: the model has no module or parameter {name!r}; it has {', '.join(known) or 'none'}, ..."
+                )
             if name in seen:
                 raise ValueError(f"layers: {name!r} is named twice")
             seen.add(name)
-        found.append([(name, modules[name]) for name in group])
+        found.append([(name, members[name]) for name in group])
     return found
 
 
@@ -105,8 +119,8 @@ def activity_groups(model: nn.Module, layers: Any) -> list[Group]:
         left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
         if left:
             warnings.warn(
-                f"activity perturbation: {', '.join(left)} belong to no innermost layer and get no gradient; name the modules "
-                "that own them in layers=, or freeze them",
+                f"activity perturbation: {', '.join(left)} belong to no innermost layer and get no gradient; name them or the "
+                "modules that own them in layers=, or freeze them",
                 stacklevel=4,
             )
     return unique

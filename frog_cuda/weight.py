@@ -14,6 +14,7 @@ from .aggregate import Aggregate, Custom
 from .dual import DualTensor, SampledTangents
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
+from .layers import parameters_of
 from .tangents import Distribution, Piece, TangentSet
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -143,7 +144,7 @@ def _trainable(model: nn.Module, wanted: Any) -> dict[str, Tensor]:
     """Parameters by name that require grad, tied ones once, restricted to the modules that ``layers=`` means."""
     chosen: set[int] | None = None
     if wanted is not None:
-        chosen = {id(p) for group in wanted for _, module in group for p in module.parameters()}
+        chosen = {id(p) for group in wanted for _, member in group for p in parameters_of(member)}
     found: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
         if chosen is not None and id(p) not in chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def coverage(model: nn.Module, input: Any) -> Coverage:
         try:
             functional_call(model, state, tuple(map(_dual, args)), {n: _dual(a) for n, a in kwargs.items()})
         except NotImplementedError as error:
-            found.rows[path[-1], str(error).split(":")[0], "unsupported"] = 1
+            found.rows[path[-1], re.split(r":| \(called from", str(error))[0], "unsupported"] = 1
     return found
 
 

@@ -56,23 +56,4 @@ inline Tensor to_dtype(const Tensor& self, ScalarType dtype) {
   return self.scalar_type() == dtype ? self : torch::stable::to(self, dtype);
 }
 
-/// New tensor on the device of `like`.
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
-/// A tensor of its own on part of `owner`'s memory, which it keeps alive. Not a view: y and dy must not look like
-/// aliases of each other, but the next layer gains when they are neighbours.
-inline Tensor part_of(const Tensor& owner, int64_t offset, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t stride = 1;
-  for (size_t j = sizes.size(); j-- > 0;) {
-    strides[j] = stride;
-    stride *= std::max<int64_t>(sizes[j], 1);
-  }
-  char* data = static_cast<char*>(owner.data_ptr()) + offset * static_cast<int64_t>(owner.element_size());
-  return torch::stable::from_blob(data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  owner.scalar_type(), [owner](void*) {});
-}
-
 }  // namespace frog

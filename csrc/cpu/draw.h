@@ -9,6 +9,7 @@
 
 #include "../checks.h"
 #include "../distributions.h"
+#include "pool.h"
 #include "simd/kernels.h"
 
 namespace frog {

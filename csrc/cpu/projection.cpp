@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "../checks.h"
+#include "pool.h"
 
 namespace frog {
 namespace {

@@ -1,0 +1,89 @@
+"""Result memory that is used again (csrc/cpu/pool.h)."""
+
+from __future__ import annotations
+
+import gc
+import random
+import subprocess
+import sys
+import threading
+
+import torch
+
+from frog_cuda import ops
+
+STATE = torch.tensor([1, 2])
+LARGE = 1 << 15  # elements: results of this size come from the pool
+
+
+def result(n: int, step: int) -> torch.Tensor:
+    return ops.sample_tangents(torch.tensor([1, step]), 1, n)
+
+
+def test_memory_comes_back_and_is_aligned():
+    a = result(LARGE, 0)
+    address = a.data_ptr()
+    assert address % 64 == 0
+    del a
+    b = result(LARGE, 1)
+    assert b.data_ptr() == address
+    c = result(LARGE, 2)  # b is alive
+    assert c.data_ptr() != address
+
+
+def test_what_is_alive_is_never_overwritten():
+    rng = random.Random(0)
+    alive: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for step in range(300):
+        kept = result(LARGE + rng.randrange(4000), step)
+        alive.append((kept, kept.clone()))
+        if len(alive) > 8:
+            alive.pop(rng.randrange(len(alive)))
+        if step % 50 == 0:
+            gc.collect()
+    assert all(torch.equal(a, copy) for a, copy in alive)
+
+
+def test_parts_keep_the_whole_alive():
+    x, dx, w = torch.randn(64, 256), torch.randn(3, 64, 256), torch.randn(256, 256)
+    y, dy, _ = ops.linear_jvp(x, dx, w, k=3)
+    expected = dy.clone()
+    del y
+    for _ in range(20):
+        ops.linear_jvp(x, 2 * dx, w, k=3)
+    assert torch.equal(dy, expected)
+
+
+def test_several_threads():
+    wrong = []
+
+    def work(seed: int) -> None:
+        for step in range(50):
+            a = result(LARGE + 64 * (step % 5), 100 * seed + step)
+            copy = a.clone()
+            b = result(LARGE, 10_000 + 100 * seed + step)
+            if not torch.equal(a, copy) or torch.equal(a[:LARGE], b):
+                wrong.append((seed, step))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_what_waits_is_bounded():
+    """Results of ever new sizes, 4 GB in all, leave little more behind than the 128 MiB that may wait."""
+    code = """
+import resource, torch
+from frog_cuda import ops
+torch.set_num_threads(1)
+state = torch.tensor([1, 2, 3])
+for j in range(500):
+    ops.sample_tangents(state, 1, 10_000_000 + 3_000_000 * (j % 7) + 1000 * j, distribution="standard_basis")
+print(int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize())
+"""
+    out = subprocess.run([sys.executable, "-c", code.replace("500", "50")], capture_output=True, text=True, check=True)
+    baseline = subprocess.run([sys.executable, "-c", code.replace("500", "1")], capture_output=True, text=True, check=True)
+    assert int(out.stdout) - int(baseline.stdout) < 300e6

@@ -6,7 +6,6 @@ backprop, so a method cannot be fast and wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -151,7 +150,7 @@ class _Weight(ForwardGradient):
     SLICE = 1 << 20
 
     def _error(self) -> float:
-        """Against stored tangents, the true gradient, and numpy-like float64 algebra; nothing of the pass that was timed."""
+        """Against stored tangents, the true gradient, and float64 algebra; nothing of the pass that was timed."""
         step, k = self.fg.step, self.k
         self()
         true, got = self._true_gradients(), self._gradients()
@@ -220,9 +219,6 @@ class VmapJvp(Method):
                 q.grad = ((self.derivatives / k) @ tangents[name].flatten(1)).view_as(q)
         return value[0]
 
-    def _draws(self, name: str, shape: torch.Size) -> Tensor:
-        return torch.randn(self.k, *shape)
-
     def _error(self) -> float:
         seed = 4
         torch.manual_seed(seed)
@@ -289,7 +285,6 @@ def distance(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 REFERENCES: list[type[Method]] = [ForwardOnly]
 OURS: list[type[ForwardGradient]] = [WeightNormal, WeightRademacher, Activity]
 ALTERNATIVES: list[type[Method]] = [VmapJvp, ForwardAdLoop]
-WITH_K: list[Callable[[Problem, int], Method]] = [*OURS, *ALTERNATIVES]
 
 
 def by_name(name: str) -> type[Method]:

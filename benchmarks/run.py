@@ -71,16 +71,32 @@ def slug(text: str) -> str:
 
 
 def run_suite(options: argparse.Namespace) -> tuple[list[report.Record], bool]:
-    """The records of all cases, and whether every one passed."""
+    """The records of all cases, and whether every one passed. A process for the operators and for each width, so that one that
+    dies, say for lack of memory, takes no other's records with it."""
+    operators = sorted(str(path) for path in FOLDER.glob("bench_*.py") if path.name != "bench_vs_backprop.py")
+    nets = [str(FOLDER / "bench_vs_backprop.py")]
+    records, right = [], True
+    for files, width in [(operators, None), *((nets, width) for width in options.widths)]:
+        found, passed = _run_pytest(options, files, width)
+        records += found
+        right &= passed
+    return records, right
+
+
+def _run_pytest(options: argparse.Namespace, files: list[str], width: int | None) -> tuple[list[report.Record], bool]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "benchmark.json"
-        command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider"]
-        command += ["--widths", ",".join(map(str, options.widths)), "--k", ",".join(map(str, options.k))]
+        command = [sys.executable, "-m", "pytest", *files, "-q", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider"]
         command += [f"--benchmark-json={out}", "--benchmark-columns=median,rounds", "--benchmark-group-by=func"]
+        command += ["--k", ",".join(map(str, options.k))]
+        command += ["--widths", str(width)] if width is not None else []
         command += ["--quick"] if options.quick else []
         command += ["--rounds", str(options.rounds)] if options.rounds else []
         code = subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode
         results = json.loads(out.read_text())["benchmarks"] if out.exists() else []
+    if code != 0:
+        what = "operators" if width is None else f"width {width}"
+        print(f"benchmarks, {what}: pytest ended with code {code}", file=sys.stderr)
     return [b["extra_info"] for b in results if b["extra_info"]], code == 0
 
 
@@ -102,18 +118,27 @@ def run_memory(options: argparse.Namespace) -> list[report.Record]:
     return found
 
 
+def write(folder: Path, about: dict[str, Any], records: list[report.Record], peaks: list[report.Record]) -> str:
+    """Writes the report as Markdown and JSON, and returns the Markdown."""
+    text = report.markdown(about, records, peaks)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = slug(f"{about['cpu']} torch {about['torch']}")
+    (folder / f"{stem}.md").write_text(text)
+    content = {
+        "machine": about,
+        "figures": [figure.line(records) for figure in report.FIGURES],
+        "cases": records,
+        "memory": peaks,
+    }
+    (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    return text
+
+
 def main() -> int:
     options = arguments()
     records, right = run_suite(options)
     peaks = [] if options.no_memory else run_memory(options)
-    about = machine()
-    text = report.markdown(about, records, peaks)
-    figures = [figure.line(records) for figure in report.FIGURES]
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / slug(f"{about['cpu']} torch {about['torch']}")
-    stem.with_name(stem.name + ".md").write_text(text)
-    content = {"machine": about, "figures": figures, "cases": records, "memory": peaks}
-    stem.with_name(stem.name + ".json").write_text(json.dumps(content, indent=1) + "\n")
+    text = write(options.output, machine(), records, peaks)
     print(text)
     if not right:
         print("benchmarks: at least one result was wrong or a case failed; see above", file=sys.stderr)

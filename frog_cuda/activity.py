@@ -168,15 +168,17 @@ class ActivityPerturbation:
             n = sum(s.piece.numel * s.batch for s in self.segments)
 
         def gram() -> Tensor:
+            if self.shared and per_sample:
+                return ops.gram(torch.cat([flat(_joined(s)) for s in self.segments], 1))
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for s in self.segments:
                 v = _joined(s)
-                if per_sample and not self.shared:
+                if per_sample:
                     rows = flat(v, 2).transpose(0, 1).double()  # (B, k, m)
                     total = total + rows @ rows.mT
                 else:
                     # Shared tangents under one derivative for the batch: the same vector once for each row
-                    total = total + ops.gram(flat(v)) * (s.batch if self.shared and not per_sample else 1)
+                    total = total + ops.gram(flat(v)) * (s.batch if self.shared else 1)
             return total.expand(batch, *total.shape[1:]) if total.dim() == 3 else total
 
         def stored() -> Tensor:
@@ -200,6 +202,7 @@ class ActivityPerturbation:
 
     def gradients(self, tangents: TangentSet, estimate: Estimate, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         """Layer-local gradients of the parameters from the estimated gradients of the activities."""
+        self._cache: dict[tuple[int, torch.dtype], Tensor] = {}
         found: dict[str, Tensor] = {}
         replayed: list[tuple[Segment, Tensor]] = []
         start = 0
@@ -234,15 +237,18 @@ class ActivityPerturbation:
 
     def _weights(self, segment: Segment, estimate: Estimate, dtype: torch.dtype) -> Tensor:
         """(k, B): how much of each tangent the mean loss's gradient holds in each row."""
-        c = estimate.base_coefficients
-        assert c is not None
-        if c.dim() == 1:
-            c = c.unsqueeze(1).expand(-1, segment.batch)
-        else:
-            c = c * self._scale
-            if segment.batch == 1:  # one row for all samples: their gradients add up
-                c = c.sum(1, keepdim=True)
-        return c.to(dtype)
+        key = segment.batch, dtype
+        if key not in self._cache:
+            c = estimate.base_coefficients
+            assert c is not None
+            if c.dim() == 1:
+                c = c.unsqueeze(1).expand(-1, segment.batch)
+            else:
+                c = c * self._scale
+                if segment.batch == 1:  # one row for all samples: their gradients add up
+                    c = c.sum(1, keepdim=True)
+            self._cache[key] = c.to(dtype)
+        return self._cache[key]
 
     def _activity_gradient(self, segment: Segment, estimate: Estimate, start: int, width: int) -> Tensor:
         """Estimated gradient of the mean loss with respect to a layer's output: (B, *m)."""

@@ -76,14 +76,17 @@ def test_several_threads():
 def test_what_waits_is_bounded():
     """Results of ever new sizes, 4 GB in all, leave little more behind than the 128 MiB that may wait."""
     code = """
-import resource, torch
+import resource, sys, torch
 from frog_cuda import ops
 torch.set_num_threads(1)
 state = torch.tensor([1, 2, 3])
-for j in range(500):
+for j in range(int(sys.argv[1])):
     ops.sample_tangents(state, 1, 10_000_000 + 3_000_000 * (j % 7) + 1000 * j, distribution="standard_basis")
 print(int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize())
 """
-    out = subprocess.run([sys.executable, "-c", code.replace("500", "50")], capture_output=True, text=True, check=True)
-    baseline = subprocess.run([sys.executable, "-c", code.replace("500", "1")], capture_output=True, text=True, check=True)
-    assert int(out.stdout) - int(baseline.stdout) < 300e6
+
+    def resident(rounds: int) -> int:
+        call = [sys.executable, "-c", code, str(rounds)]
+        return int(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+
+    assert resident(50) - resident(1) < 300e6

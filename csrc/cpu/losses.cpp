@@ -48,24 +48,26 @@ C loss_of_row(const CrossEntropy<C>& job, const C* x, int64_t target, C* gradien
 // loss [rows], dloss [k, rows]
 template <class C>
 void run(const CrossEntropy<C>& job, C* loss, C* dloss) {
-  const int64_t n = job.classes, ld = job.rows * n;
-  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, n * (1 + job.k)));
-  torch::stable::parallel_for(0, job.rows, grain, [&](int64_t from, int64_t to) {
-    std::vector<C> gradient(n), scratch(n);
-    for (int64_t r = from; r < to; ++r) {
-      if (job.target[r] == job.ignore_index) {
-        loss[r] = 0;
-        for (int64_t i = 0; i < job.k; ++i) dloss[i * job.rows + r] = 0;
-        continue;
-      }
-      loss[r] = loss_of_row(job, job.x.read(r * n, n, scratch.data()), job.target[r], gradient.data());
-      if (job.dx.direct()) {
-        math<C>().dots(gradient.data(), job.dx.read(r * n, n, nullptr), n, job.k, ld, dloss + r, job.rows);
-        continue;
+  const int64_t n = job.classes, block = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, n));
+  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, block * n * (1 + job.k)));
+  torch::stable::parallel_for(0, (job.rows + block - 1) / block, grain, [&](int64_t from, int64_t to) {
+    std::vector<C> gradient(block * n), scratch(block * n);
+    for (int64_t first = from * block; first < std::min(job.rows, to * block); first += block) {
+      const int64_t rows = std::min(block, job.rows - first);
+      const auto ignored = [&](int64_t r) { return job.target[first + r] == job.ignore_index; };
+      const C* x = job.x.read(first * n, rows * n, scratch.data());
+      for (int64_t r = 0; r < rows; ++r) {
+        C* g = gradient.data() + r * n;
+        loss[first + r] = ignored(r) ? C(0) : loss_of_row(job, x + r * n, job.target[first + r], g);
+        if (ignored(r)) std::fill(g, g + n, C(0));
       }
       for (int64_t i = 0; i < job.k; ++i) {
-        const C* dx = job.dx.read(i * ld + r * n, n, scratch.data());
-        math<C>().dots(gradient.data(), dx, n, 1, n, dloss + i * job.rows + r, 1);
+        const C* dx = job.dx.read((i * job.rows + first) * n, rows * n, scratch.data());
+        C* out = dloss + i * job.rows + first;
+        math<C>().dots(gradient.data(), dx, n, rows, out);
+        for (int64_t r = 0; r < rows; ++r) {
+          if (ignored(r)) out[r] = C(0);  // whatever the tangent, even where it is not finite
+        }
       }
     }
   });

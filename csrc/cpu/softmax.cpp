@@ -1,5 +1,5 @@
-// softmax_jvp and log_softmax_jvp. A row of x is read once, its probabilities stay in cache for all k tangents. Rows
-// that do not lie densely, because the softmax is not over the last axis or the dtype is low, are collected in tiles.
+// softmax_jvp and log_softmax_jvp. A block of rows of x is read once, its probabilities stay in cache for all k
+// tangents. Rows that do not lie densely, because the softmax is not over the last axis, are collected in a tile first.
 #include <cmath>
 
 #include "blocks.h"
@@ -7,7 +7,7 @@
 namespace frog {
 namespace {
 
-constexpr int64_t kTileElements = 32768;  // of one tile of rows; three tiles stay in second-level cache
+constexpr int64_t kTileElements = 32768;  // three tiles stay in second-level cache
 
 template <class C>
 struct Job {
@@ -17,65 +17,55 @@ struct Job {
   Sink<C> y, dy;
 };
 
-// x [classes] -> p = softmax(x) and y; y may be p where the logarithm is not asked for
+// x [rows, classes] -> p = softmax(x) and y; y may be p where the logarithm is not asked for
 template <class C>
-void forward(const Job<C>& job, const C* x, C* p, C* y) {
-  C shift;
-  const C sum = math<C>().softmax(x, job.classes, p, &shift);
-  if (job.log) {
+void forward(const Job<C>& job, const C* x, int64_t rows, C* p, C* y) {
+  for (int64_t at = 0; at < rows * job.classes; at += job.classes) {
+    C shift;
+    const C sum = math<C>().softmax(x + at, job.classes, p + at, &shift);
+    if (!job.log) continue;
     const C lower = std::log(sum);
-    for (int64_t c = 0; c < job.classes; ++c) y[c] = (x[c] - shift) - lower;
+    for (int64_t c = at; c < at + job.classes; ++c) y[c] = (x[c] - shift) - lower;
   }
 }
 
 template <class C>
-void tangents(const Job<C>& job, const C* p, const C* dx, int64_t k, int64_t ld, C* dy) {
-  (job.log ? math<C>().log_softmax_tangents : math<C>().softmax_tangents)(p, dx, job.classes, k, ld, dy);
+void tangents(const Job<C>& job, const C* p, const C* dx, int64_t rows, C* dy) {
+  (job.log ? math<C>().log_softmax_tangents : math<C>().softmax_tangents)(p, dx, job.classes, rows, dy);
 }
 
-// inner = 1: rows are dense
+// Blocks of dense rows, or of columns of a matrix [classes, inner].
 template <class C>
-void rows(const Job<C>& job, int64_t from, int64_t to) {
-  const int64_t n = job.classes, ld = job.outer * n;
-  std::vector<C> first(n), second(n), third(job.log ? n : 0);
-  for (int64_t r = from; r < to; ++r) {
-    C* y = job.y.place(r * n, second.data());
-    C* p = job.log ? third.data() : y;
-    forward(job, job.x.read(r * n, n, first.data()), p, y);
-    if (job.dx.direct() && job.dy.direct()) {
-      job.y.finish(r * n, n, y);
-      tangents(job, p, job.dx.read(r * n, n, nullptr), job.k, ld, job.dy.place(r * n, nullptr));
-      continue;
-    }
-    for (int64_t i = 0; i < job.k; ++i) {
-      const C* dx = job.dx.read(i * ld + r * n, n, first.data());
-      C* dy = job.dy.place(i * ld + r * n, first.data());
-      tangents(job, p, dx, 1, n, dy);
-      job.dy.finish(i * ld + r * n, n, dy);
-    }
-    job.y.finish(r * n, n, y);
-  }
-}
-
-// inner > 1: columns first .. first + width of one [classes, inner] matrix, collected as rows of a tile [width,
-// classes]
-template <class C>
-class Tile {
+class Block {
  public:
-  Tile(const Job<C>& job, int64_t width)
-      : job_(job), run_(width), p_(width * job.classes), in_(width * job.classes), out_(width * job.classes) {}
+  Block(const Job<C>& job, int64_t rows)
+      : job_(job), run_(rows), p_(rows * job.classes), in_(rows * job.classes), out_(rows * job.classes) {}
 
-  void work(int64_t matrix, int64_t first, int64_t width) {
-    const int64_t n = job_.classes, stride = job_.outer * n * job_.inner, at = matrix * n * job_.inner + first;
+  // inner = 1: rows first .. first + rows
+  void dense(int64_t first, int64_t rows) {
+    const int64_t n = rows * job_.classes, at = first * job_.classes, stride = job_.outer * job_.classes;
+    C* y = job_.y.place(at, out_.data());
+    C* p = job_.log ? p_.data() : y;
+    forward(job_, job_.x.read(at, n, in_.data()), rows, p, y);
+    job_.y.finish(at, n, y);
+    if (p == out_.data()) p_.swap(out_);
+    for (int64_t i = 0; i < job_.k; ++i) {
+      C* dy = job_.dy.place(i * stride + at, out_.data());
+      tangents(job_, p, job_.dx.read(i * stride + at, n, in_.data()), rows, dy);
+      job_.dy.finish(i * stride + at, n, dy);
+    }
+  }
+
+  // columns first .. first + width of one matrix become rows of a tile [width, classes]
+  void strided(int64_t matrix, int64_t first, int64_t width) {
+    const int64_t stride = job_.outer * job_.classes * job_.inner, at = matrix * job_.classes * job_.inner + first;
     C* y = job_.log ? out_.data() : p_.data();
     collect(job_.x, at, width);
-    for (int64_t l = 0; l < width; ++l) forward(job_, in_.data() + l * n, p_.data() + l * n, y + l * n);
+    forward(job_, in_.data(), width, p_.data(), y);
     spread(y, job_.y, at, width);
     for (int64_t i = 0; i < job_.k; ++i) {
       collect(job_.dx, i * stride + at, width);
-      for (int64_t l = 0; l < width; ++l) {
-        tangents(job_, p_.data() + l * n, in_.data() + l * n, 1, n, out_.data() + l * n);
-      }
+      tangents(job_, p_.data(), in_.data(), width, out_.data());
       spread(out_.data(), job_.dy, i * stride + at, width);
     }
   }
@@ -102,16 +92,22 @@ class Tile {
 template <class C>
 void run(const Job<C>& job) {
   if (job.outer * job.classes * job.inner == 0) return;
-  const int64_t width =
-      job.inner == 1 ? 1 : std::min(job.inner, std::clamp<int64_t>(kTileElements / job.classes, 8, 64));
-  const int64_t across = (job.inner + width - 1) / width;
-  const int64_t grain = std::max<int64_t>(1, kWork / (width * job.classes * (1 + job.k)));
-  torch::stable::parallel_for(0, job.outer * across, grain, [&](int64_t from, int64_t to) {
-    if (job.inner == 1) return rows(job, from, to);
-    Tile<C> tile(job, width);
-    for (int64_t t = from; t < to; ++t) {
-      const int64_t first = t % across * width;
-      tile.work(t / across, first, std::min(width, job.inner - first));
+  const bool dense = job.inner == 1;
+  // wide enough for whole cache lines of a strided axis
+  const int64_t most =
+      dense ? std::max<int64_t>(1, kBlock / job.classes) : std::clamp<int64_t>(kTileElements / job.classes, 8, 64);
+  const int64_t length = dense ? job.outer : job.inner;  // is cut into blocks of `rows`
+  const int64_t rows = std::min(length, most), across = (length + rows - 1) / rows;
+  const int64_t grain = std::max<int64_t>(1, kWork / (rows * job.classes * (1 + job.k)));
+  torch::stable::parallel_for(0, dense ? across : job.outer * across, grain, [&](int64_t from, int64_t to) {
+    Block<C> block(job, rows);
+    for (int64_t b = from; b < to; ++b) {
+      const int64_t first = b % across * rows, count = std::min(rows, length - first);
+      if (dense) {
+        block.dense(first, count);
+      } else {
+        block.strided(b / across, first, count);
+      }
     }
   });
 }

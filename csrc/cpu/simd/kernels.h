@@ -33,11 +33,11 @@ struct MathKernels {
   void (*apply_mask)(const T* slope, const T* dx, const T* v, int64_t n, T* dy);
   // p[j] = exp(x[j] - shift) / sum with shift = max x; returns the sum
   T (*softmax)(const T* x, int64_t n, T* p, T* shift);
-  // out[i * out_ld] = sum_j g[j] dx[i * ld + j] for i < k
-  void (*dots)(const T* g, const T* dx, int64_t n, int64_t k, int64_t ld, T* out, int64_t out_ld);
-  // dy[i * ld + j] = p[j] (dx[i * ld + j] - mean_i), mean_i = sum_j p[j] dx[i * ld + j]; the logarithm's lacks the p[j]
-  void (*softmax_tangents)(const T* p, const T* dx, int64_t n, int64_t k, int64_t ld, T* dy);
-  void (*log_softmax_tangents)(const T* p, const T* dx, int64_t n, int64_t k, int64_t ld, T* dy);
+  // out[r] = sum_j g[r * n + j] dx[r * n + j] for r < rows
+  void (*dots)(const T* g, const T* dx, int64_t n, int64_t rows, T* out);
+  // dy[r][j] = p[r][j] (dx[r][j] - sum_c p[r][c] dx[r][c]) for r < rows, j < n; the logarithm's lacks the first p
+  void (*softmax_tangents)(const T* p, const T* dx, int64_t n, int64_t rows, T* dy);
+  void (*log_softmax_tangents)(const T* p, const T* dx, int64_t n, int64_t rows, T* dy);
 };
 
 struct SimdKernels {

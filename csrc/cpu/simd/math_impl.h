@@ -211,20 +211,20 @@ T dot(const T* a, const T* b, int64_t n) {
 }
 
 template <class T>
-void dots(const T* g, const T* dx, int64_t n, int64_t k, int64_t ld, T* out, int64_t out_ld) {
-  for (int64_t i = 0; i < k; ++i) out[i * out_ld] = dot(g, dx + i * ld, n);
+void dots(const T* g, const T* dx, int64_t n, int64_t rows, T* out) {
+  for (int64_t r = 0; r < rows; ++r) out[r] = dot(g + r * n, dx + r * n, n);
 }
 
 template <class T, bool kLog>
-void softmax_tangents(const T* p, const T* dx, int64_t n, int64_t k, int64_t ld, T* dy) {
+void softmax_tangents(const T* p, const T* dx, int64_t n, int64_t rows, T* dy) {
   using V = typename VectorOf<T>::type;
-  for (int64_t i = 0; i < k; ++i) {
-    const T* from = dx + i * ld;
-    T* to = dy + i * ld;
-    const V mean = V::set(dot(p, from, n));
+  for (int64_t r = 0; r < rows; ++r) {
+    const T *weights = p + r * n, *from = dx + r * n;
+    T* to = dy + r * n;
+    const V mean = V::set(dot(weights, from, n));
     for_each_vector<V>(n, [=](int64_t j, int64_t m) {
       const V centred = load_up_to(from + j, m, V::zero()) - mean;
-      store_up_to(kLog ? centred : load_up_to(p + j, m, V::zero()) * centred, to + j, m);
+      store_up_to(kLog ? centred : load_up_to(weights + j, m, V::zero()) * centred, to + j, m);
     });
   }
 }

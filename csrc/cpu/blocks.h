@@ -102,7 +102,7 @@ class Sink {
 };
 
 /// Elements that are converted, evaluated and multiplied at a time, in first-level cache.
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kBlock = 2048;
 /// Elements of primal and tangents that are worth a thread.
 constexpr int64_t kWork = 32768;
 

@@ -190,9 +190,9 @@ def _import_each(cases: list[tuple[Path, dict[str, str], str]], tmp_path: Path) 
     """What each case said; fails where an interpreter died instead of raising."""
     arguments = json.dumps([(str(folder), environment, code) for folder, environment, code in cases])
     environment = {name: value for name, value in os.environ.items() if name != "FROG_CUDA_SIMD"}
-    run = subprocess.run(
-        [sys.executable, "-c", _IMPORTS, arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
-    )
+    command = [sys.executable, "-c", _IMPORTS, arguments]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr
     results = json.loads(run.stdout.splitlines()[-1])
     assert [code for _, code in results] == [0] * len(cases), results
     return [said for said, _ in results]
@@ -362,7 +362,8 @@ def test_every_module_is_packaged():
 def test_source_distribution_holds_all_that_a_build_needs(tmp_path):
     folders = ["egg_info", "--egg-base", str(tmp_path)], ["sdist", "--dist-dir", str(tmp_path)]
     command = [sys.executable, "setup.py", "--quiet", *folders[0], *folders[1]]
-    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert run.returncode == 0, run.stdout
     (archive,) = tmp_path.glob("frog_cuda-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}

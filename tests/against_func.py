@@ -1,4 +1,4 @@
-"""Comparison of DualTensor with torch.func.jvp, one tangent at a time, in float64."""
+"""Comparison of DualTensor with torch.func.jvp, one tangent at a time, or with finite differences; in float64."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from helpers import assert_close64
+from helpers import assert_close64, relative_error
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+import frog_cuda as frog
 from frog_cuda.dual import DualTensor, primal_of, tangents_of
 
 
@@ -57,3 +58,20 @@ def compare(out: Any, value: Tensor, tangent: Tensor) -> None:
 def _like(p: Tensor) -> Tensor:
     """A copy with the same strides."""
     return p.clone(memory_format=torch.preserve_format) if p.numel() else p.clone()
+
+
+def along(*primals: Tensor, k: int = 3) -> tuple[Tensor, ...]:
+    """Tangents (k, *shape) for each."""
+    return tuple(draw(k, *p.shape, seed=50 + i) for i, p in enumerate(primals))
+
+
+def check_with_differences(fn: Callable[..., Tensor], *primals: Tensor, step: float = 1e-6, bound: float = 1e-7) -> Tensor:
+    """Central differences, whose error is about step^2 and 1e-16 / step, hence the bound. Returns the tangents."""
+    tangents = along(*primals)
+    value, moved = frog.jvp(fn, primals, tangents)
+    assert_close64(value, fn(*primals))
+    for i, row in enumerate(moved):
+        ahead, behind = (fn(*(p + s * t[i] for p, t in zip(primals, tangents, strict=True))) for s in (step, -step))
+        error = relative_error(row, (ahead - behind) / (2 * step))
+        assert error < bound, f"tangent {i}: relative error {error:.3g}, bound {bound:.3g}"
+    return moved

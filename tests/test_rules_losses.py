@@ -5,7 +5,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from against_func import check, draw
+from against_func import check, check_with_differences, draw
+
+import frog_cuda as frog
 
 REDUCTIONS = ["none", "mean", "sum"]
 CLASSES = torch.tensor([0, 4, 2, -100, 1, 1, 3])
@@ -93,3 +95,41 @@ def test_pytorchs_own_errors():
         F.mse_loss(dual(draw(3)), draw(3), reduction="all")
     with pytest.raises(RuntimeError, match="between 0 and 1"):
         F.binary_cross_entropy(dual(draw(3) + 5), draw(3).sigmoid())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_tangents_of_class_weights(reduction, smoothing):
+    """torch.func.jvp takes them as zero."""
+    weight = torch.linspace(0.5, 2, 5, dtype=torch.float64)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    check_with_differences(lambda x, w: F.cross_entropy(x, CLASSES, w, **options), draw(7, 5), weight)
+    check_with_differences(lambda w: F.cross_entropy(draw(3, 5, 2), CLASSES[:6].view(3, 2), w, **options), weight)
+    check_with_differences(lambda w: F.nll_loss(draw(2, 5, 1, 2), CLASSES[:4].view(2, 1, 2), w, reduction=reduction), weight)
+    check_with_differences(lambda w: F.nll_loss(draw(5), CLASSES[0], w, reduction=reduction), weight)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_margin_losses(reduction):
+    x, target = draw(7, 5), torch.tensor([0, 4, 2, 1, 1, 1, 3])
+    several = torch.tensor([[0, 2, -1, 0, 0]]).expand(7, 5).contiguous()
+    for p in (1, 2):
+        check_with_differences(lambda x, p=p: F.multi_margin_loss(x, target, p=p, reduction=reduction), x)
+    check_with_differences(lambda x: F.multi_margin_loss(x, target[0], reduction=reduction), x[0])
+    check_with_differences(lambda x: F.multilabel_margin_loss(x, several, reduction=reduction), x)
+    check_with_differences(lambda x: F.multilabel_margin_loss(x, several[0], reduction=reduction), x[0])
+    with pytest.raises(NotImplementedError, match="multi_margin_loss"):
+        frog.jvp(lambda w: F.multi_margin_loss(x, target, weight=w), (x[0],), (draw(3, 5),))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("zero_infinity", [False, True])
+def test_ctc_loss_of_any_scores(reduction, zero_infinity):
+    """Without log_softmax, and with a sequence too short for its target; PyTorch's backward mode is wrong here."""
+    targets, targets_length = torch.tensor([[1, 2, 3], [2, 2, 1], [3, 1, 0]]), torch.tensor([3, 3, 2])
+    lengths = torch.tensor([9, 7, 1 if zero_infinity else 4])
+    for given in ((lengths, targets_length), (tuple(lengths.tolist()), tuple(targets_length.tolist()))):
+        check_with_differences(
+            lambda x, given=given: F.ctc_loss(x, targets, *given, reduction=reduction, zero_infinity=zero_infinity),
+            draw(9, 3, 5),
+        )

@@ -3,6 +3,7 @@
 from . import (
     arithmetic,
     attention,
+    composed,
     convolution,
     creation,
     fallback,
@@ -21,6 +22,7 @@ from . import (
 __all__ = [
     "arithmetic",
     "attention",
+    "composed",
     "convolution",
     "creation",
     "fallback",

@@ -26,6 +26,7 @@ def _overloads(*names: str) -> list[Any]:
     *_overloads("nonzero", "count_nonzero", "bucketize", "searchsorted", "multinomial", "any", "all", "is_nonzero", "isin"),
     *_overloads("floor", "ceil", "round", "trunc", "fix", "sign", "floor_divide", "item", "_local_scalar_dense"),
     *_overloads("rand_like", "randn_like", "randint_like", "bernoulli", "poisson", "histc", "is_same_size"),
+    *_overloads("normal"),
     _aten.detach.default,
 )
 def plain(func: Any, *args: Any, **kwargs: Any) -> Any:

@@ -72,7 +72,7 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     wanted = [j for j, o in enumerate(outs) if isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())]
     if not slots or not wanted:
         return out
-    primals = tuple(split[i][0] for i in slots)
+    primals = tuple(_apart(func, split[i][0]) for i in slots)
     tangents = tuple(_tangent_like(t, p) for p, t in (split[i] for i in slots))
     connected: set[int] = set()
 
@@ -90,8 +90,8 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
 
     with _top_level():
         d_outs = _push(func, one, primals, tangents, k, rewind)
-    if not connected and func.namespace not in ("aten", "prims"):
-        # PyTorch hands back zeros for an operator that has no derivative registered at all
+    if not connected:
+        # PyTorch hands back zeros for an operator whose derivative nobody has registered, such as a Bessel function
         raise NotImplementedError(
             f"{func}{called_from()}: no forward-mode derivative is registered; PyTorch would take its tangents as zero"
         )
@@ -135,6 +135,13 @@ def _push(
             f"{func}{called_from()}: no rule for DualTensor, and PyTorch's forward mode fails: {error}"
         ) from error
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def _apart(func: Any, primal: Tensor) -> Tensor:
+    """PyTorch lays a tangent out like its primal: one made by expand or unfold must first get elements of its own."""
+    if "as_strided" in func._schema.name or torch._debug_has_internal_overlap(primal) == 0:
+        return primal
+    return primal.clone(memory_format=torch.contiguous_format)
 
 
 def _tangent_like(tangents: Tensor | None, primal: Tensor) -> Tensor:

@@ -58,6 +58,13 @@ def copy_(func: Any, target: Any, source: Any, non_blocking: bool = False) -> An
     return target._write(value.expand(target.shape).to(target.device, target.dtype), tangents, func)
 
 
+@aten(_aten.polygamma_.default)
+def polygamma_(func: Any, target: Any, n: int) -> Any:
+    """Its twin takes the arguments the other way round."""
+    _check_target(func, target)
+    return target._write(*parts(_aten.polygamma.default(n, target)), func)
+
+
 @aten(_aten.fill_.Tensor)
 def fill_(func: Any, target: Any, value: Any) -> Any:
     if value.dim() != 0:

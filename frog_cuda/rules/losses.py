@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from ..dual import DualTensor, _make, rule
-from .helpers import FUSED_DTYPES, common_k, parts
+from ..dual import DualTensor, _make, aten, rule
+from .helpers import FUSED_DTYPES, common_k, low_dtype, parts, wrap
 
+_aten = torch.ops.aten
 _cross_entropy_jvp = torch.ops.frog_cuda.cross_entropy_jvp.default
 _mse_jvp = torch.ops.frog_cuda.mse_jvp.default
 _bce_jvp = torch.ops.frog_cuda.bce_jvp.default
@@ -140,3 +141,71 @@ def binary_cross_entropy_with_logits(
     pos_weight: Any = None,
 ) -> Any:
     return _bce(input, target, weight, pos_weight, _reduction_name(size_average, reduce, reduction), True)
+
+
+@aten(_aten.nll_loss_forward.default, _aten.nll_loss2d_forward.default)
+def nll_loss(func: Any, x: Any, target: Tensor, weight: Any, reduction: int, ignore_index: int) -> Any:
+    """With tangents of the class weights, which PyTorch takes as zero without a word; the rest is left to it."""
+    if type(weight) is not DualTensor:
+        return NotImplemented
+    common_k(func, x, weight)
+    _, total = func(parts(x)[0], target, weight._primal, reduction, ignore_index)  # and PyTorch's own errors
+    axis = 0 if x.dim() == 1 else 1
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0)
+    factor = weight[index] * kept
+    loss = -x.gather(axis, index.unsqueeze(axis)).squeeze(axis) * factor
+    if reduction == _reduction.get_enum("none"):
+        return loss, total
+    return (loss.sum() if reduction == _reduction.get_enum("sum") else loss.sum() / factor.sum()), total
+
+
+# A loss of one sample depends on that sample only, so a single backward pass of ones gives the slopes of all samples.
+
+
+def _along(slope: Tensor, tangents: Tensor, loss: Tensor) -> Tensor:
+    """slope (*, C), tangents (k, *, C) -> (k, *) for losses one by one, (k,) for their sum or mean."""
+    moved = slope * tangents
+    return moved.reshape(len(moved), -1).sum(1) if loss.dim() == 0 else moved.sum(-1)
+
+
+@aten(_aten.multi_margin_loss.default)
+def multi_margin_loss(
+    func: Any, x: Any, target: Tensor, p: Any = 1, margin: Any = 1, weight: Any = None, reduction: int = 1
+) -> Any:
+    value, tangents = parts(x)
+    if type(weight) is DualTensor or tangents is None:
+        return NotImplemented
+    options = (target, p, margin, weight, reduction)
+    loss = func(value, *options)
+    slope = _aten.multi_margin_loss_backward.default(torch.ones_like(loss), value, *options)
+    return wrap(loss, _along(slope, tangents, loss), low_dtype(x))
+
+
+@aten(_aten.multilabel_margin_loss_forward.default)
+def multilabel_margin_loss(func: Any, x: Any, target: Tensor, reduction: int) -> Any:
+    value, tangents = parts(x)
+    loss, is_target = func(value, target, reduction)
+    if tangents is None:
+        return loss, is_target
+    slope = _aten.multilabel_margin_loss_backward.default(torch.ones_like(loss), value, target, reduction, is_target)
+    return wrap(loss, _along(slope, tangents, loss), low_dtype(x)), is_target
+
+
+@aten(_aten._ctc_loss.default, _aten._ctc_loss.Tensor)
+def ctc_loss(
+    func: Any, x: Any, targets: Tensor, lengths: Any, target_lengths: Any, blank: int = 0, zero_infinity: bool = False
+) -> Any:
+    """PyTorch's backward pass returns ``exp(x)`` too much, right only together with log_softmax; here it is taken off."""
+    value, tangents = parts(x)  # (T, N, C)
+    loss, alpha = func(value, targets, lengths, target_lengths, blank, zero_infinity)
+    if tangents is None:
+        return loss, alpha
+    backward = _aten._ctc_loss_backward.default if func is _aten._ctc_loss.default else _aten._ctc_loss_backward.Tensor
+    slope = backward(torch.ones_like(loss), value, targets, lengths, target_lengths, loss, alpha, blank, zero_infinity)
+    steps = torch.arange(value.shape[0], device=value.device)
+    running = steps[:, None] < torch.as_tensor(lengths, device=value.device)  # (T, N)
+    slope = torch.where(running[..., None], slope - value.exp(), 0)
+    if zero_infinity:
+        slope = torch.where(loss.isinf()[:, None], 0, slope)
+    return wrap(loss, (slope * tangents).sum((1, 3)), low_dtype(x)), alpha

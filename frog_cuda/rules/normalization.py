@@ -34,7 +34,7 @@ def _apply(
     pb, db = parts(bias)
     if px.dtype not in FUSED_DTYPES or px.numel() == 0 or any(t is not None and t.dtype != px.dtype for t in (pw, pb)):
         return NotImplemented
-    if dx is None and dw is None and db is None:
+    if (dx is None and dw is None and db is None) or eps < 0:
         return NotImplemented
     y, dy, m, v = _normalization_jvp(px, dx, pw, dw, pb, db, mean, var, outer, groups, weight_groups, centred, eps)
     return _make(y, dy, k), m, v

@@ -73,9 +73,3 @@ def logsumexp(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
         return NotImplemented
     moved = (tangents * (value - kept).exp()).sum([shift(d, value.dim()) for d in dim], keepdim=keepdim)
     return wrap(func(value, dim, keepdim), moved, low_dtype(x))
-
-
-@aten(_aten._weight_norm.default)
-def weight_norm(func: Any, v: Any, g: Any, dim: int = 0) -> Any:
-    """From its parts: PyTorch's fused kernel has no forward mode."""
-    return v * (g / _aten.norm_except_dim.default(v, 2, dim))

@@ -1,4 +1,4 @@
-"""Pooling, interpolation and padding over spatial axes: the tangents ride along as k times the batch."""
+"""Pooling, interpolation, padding and sampling over spatial axes: the tangents ride along as k times the batch."""
 
 from __future__ import annotations
 
@@ -87,3 +87,29 @@ for _name, _ndim in LINEAR.items():
     aten(getattr(_aten, _name).default)(_linear(_ndim))
 for _name, _spatial in MAXIMUM.items():
     aten(getattr(_aten, _name).default)(_maximum(_spatial))
+
+
+@aten(_aten.grid_sampler_2d.default, _aten.grid_sampler_3d.default)
+def grid_sampler(func: Any, x: Any, grid: Any, *options: Any) -> Any:
+    """Linear in the input; an output moves with its own position only, so one backward pass gives its slope there."""
+    px, dx = parts(x)  # (N, C, *s)
+    pg, dg = parts(grid)  # (N, *t, d)
+    out = func(px, pg, *options)  # (N, C, *t)
+    moved = None
+    if dx is not None:  # as more channels
+        own = func(dx.movedim(0, 1).flatten(1, 2).to(px.dtype), pg, *options)
+        moved = own.unflatten(1, (dx.shape[0], px.shape[1])).movedim(1, 0)
+    if dg is not None:
+        alone = px.flatten(0, 1).unsqueeze(1)  # each channel on its own
+        where = pg.repeat_interleave(px.shape[1], 0)
+        backward = _aten.grid_sampler_2d_backward if pg.dim() == 4 else _aten.grid_sampler_3d_backward
+        ones = torch.ones_like(out).flatten(0, 1).unsqueeze(1)
+        slope = backward.default(ones, alone, where, *options, [False, True])[1].unflatten(0, px.shape[:2])
+        own = (slope * dg.unsqueeze(2)).sum(-1)  # (k, N, 1, *t, d) -> (k, N, C, *t)
+        moved = own if moved is None else moved + own
+    return wrap(out, moved, low_dtype(x, grid))
+
+
+@aten(_aten.cudnn_grid_sampler.default)
+def cudnn_grid_sampler(func: Any, x: Any, grid: Any) -> Any:
+    return _aten.grid_sampler_2d.default(x, grid, 0, 0, True)  # bilinear, zeros outside, aligned corners

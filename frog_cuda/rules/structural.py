@@ -169,9 +169,14 @@ def to_copy(func: Any, x: Any, *, dtype: Any = None, memory_format: Any = None, 
 @aten(_aten.roll.default)
 def roll(func: Any, x: Any, shifts: Any, dims: Any = ()) -> Any:
     value, tangents = parts(x)
-    if tangents is None or not dims or value.dim() == 0:
-        return NotImplemented
-    return wrap(func(value, shifts, dims), func(tangents, shifts, [shift(d, value.dim()) for d in dims]), low_dtype(x))
+    out = func(value, shifts, dims)
+    if tangents is None:
+        return out
+    if not dims:  # through the elements in order; k must stand apart from them
+        moved = func(tangents.flatten(1) if value.dim() else tangents.unsqueeze(1), shifts, [1]).view(tangents.shape)
+    else:
+        moved = func(tangents, shifts, [shift(d, value.dim()) for d in dims]) if value.dim() else tangents.clone()
+    return wrap(out, moved, low_dtype(x))
 
 
 @aten(_aten.repeat.default)

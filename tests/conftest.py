@@ -1,0 +1,22 @@
+"""What pytest prints besides its own summary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many operators of PyTorch's database (tests/test_op_db.py) were compared, and equal."""
+
+    def count(outcome: str, test: str) -> int:
+        return sum(f"test_op_db.py::{test}[" in report.nodeid for report in terminalreporter.stats.get(outcome, []))
+
+    for test, text in (
+        ("test_equals_forward_mode", "operators equal torch.func.jvp"),
+        ("test_without_forward_mode", "operators without PyTorch's forward mode are right, or name themselves in an error"),
+    ):
+        passed, failed, left_out = (count(outcome, test) for outcome in ("passed", "failed", "xfailed"))
+        if passed + failed:
+            terminalreporter.write_line(f"op_db: {passed} of {passed + failed} {text}; {left_out} left out, see EXCLUDED")
+    if any("test_op_db.py" in report.nodeid for report in terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line("op_db: not run, because expecttest is missing; make test installs it")

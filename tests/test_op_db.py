@@ -23,6 +23,16 @@ from frog_cuda.dual import DualTensor, primal_of, tangents_of
 pytest.importorskip("expecttest", reason="PyTorch's operator database needs expecttest, which make test installs")
 from torch.testing._internal.common_methods_invocations import op_db
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Operations that write an element more than once, such as max_unpool2d, race with themselves on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 K = 3
 pytestmark = pytest.mark.filterwarnings("ignore")  # the samples use deprecated spellings on purpose
 

@@ -92,6 +92,11 @@ def linear_jvp(
 
 
 @_fake
+def linear_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    return gradient.new_empty((gradient.shape[1], x.shape[1]))
+
+
+@_fake
 def pointwise_jvp(
     x: Tensor, dx: Tensor | None, activity: Tensor | None, function: int, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
+
 __all__ = ["LocalRule", "local_gradient", "local_rule"]
 
 
@@ -72,7 +74,8 @@ def _same(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _linear_weight(layer: nn.Linear, f: Tensor, g: Tensor) -> Tensor:
-    return g.reshape(-1, g.shape[-1]).T @ f.reshape(-1, f.shape[-1])
+    g, f = g.reshape(-1, g.shape[-1]), f.reshape(-1, f.shape[-1])
+    return ops.linear_gradient(g, f) if g.is_cpu else g.T @ f
 
 
 def _sum_to_last(layer: nn.Module, g: Tensor) -> Tensor:

@@ -240,6 +240,19 @@ def linear_jvp(
         )
 
 
+def linear_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """Gradient of a linear layer's weight from that of its output: ``gradient^T x``, summed over the rows.
+
+    Arguments:
+        gradient: ``(rows, out)``.  x: ``(rows, in)``, the same dtype.
+    Returns:
+        ``(out, in)``.
+    """
+    _guard("linear_gradient", gradient, x)
+    with _AutoDispatchBelowAutograd():
+        return _ops.linear_gradient(gradient, x)
+
+
 def pointwise_jvp(
     x: Tensor, dx: Tensor | None, function: str, *, activity: Tensor | None = None, alpha: float = 0.0, beta: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -317,6 +317,11 @@ POINTWISE: dict[str, Callable[[Tensor, float, float], tuple[Tensor, Tensor]]] = 
 }
 
 
+def linear_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """``gradient^T x``."""
+    return gradient.double().T @ x.double()
+
+
 def pointwise_jvp(
     x: Tensor, dx: Tensor | None, function: str, *, activity: Tensor | None = None, alpha: float = 0.0, beta: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -182,6 +182,10 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
             dict(mean=_rand(7), var=_rand(7), outer=5, groups=7, weight_groups=7, centred=True, eps=1e-5),
         )
     ],
+    "linear_gradient": lambda dtype: [
+        dict(gradient=_rand(5, 7, dtype=dtype), x=_rand(5, 3, dtype=dtype)),
+        dict(gradient=_rand(7, 5, dtype=dtype).T, x=_rand(3, 5, dtype=dtype).T),
+    ],
     "cross_entropy_jvp": lambda dtype: [
         dict(
             logits=_rand(5, 7, dtype=dtype),

@@ -312,7 +312,28 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   return {to_dtype(y, x.scalar_type()), to_dtype(dy, dx ? dx->scalar_type() : x.scalar_type()), gram_matrix};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) { m.impl("linear_jvp", TORCH_BOX(&linear_jvp)); }
+// gradient [r, out], x [r, in] -> gradient^T x. The library's product, into memory that is used again: fresh pages for
+// the gradient of a large layer cost more than a product of few rows.
+Tensor linear_gradient(const Tensor& gradient, const Tensor& x) {
+  const char* op = "linear_gradient";
+  const Tensor* given[2] = {&gradient, &x};
+  const char* names[2] = {"gradient", "x"};
+  for (int j = 0; j < 2; ++j) {
+    check_cpu(op, names[j], *given[j]);
+    check_floating(op, names[j], *given[j]);
+    check_dtype(op, names[j], *given[j], gradient.scalar_type());
+    STD_TORCH_CHECK(given[j]->dim() == 2 && given[j]->size(0) == gradient.size(0), op, ": ", names[j], " has shape ",
+                    shape_string(*given[j]), ", expected (rows, features) with the same number of rows");
+  }
+  Tensor out = new_tensor(x, {gradient.size(1), x.size(1)}, gradient.scalar_type());  // [out, in]
+  mm_out(out, torch::stable::transpose(gradient, 0, 1), x);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
+  m.impl("linear_jvp", TORCH_BOX(&linear_jvp));
+  m.impl("linear_gradient", TORCH_BOX(&linear_gradient));
+}
 
 }  // namespace
 }  // namespace frog

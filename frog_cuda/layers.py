@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,3 @@ def activity_groups(model: nn.Module, layers: Any) -> list[Group]:
                 stacklevel=4,
             )
     return unique
-
-
-Predicate = Callable[[str, nn.Module], bool]

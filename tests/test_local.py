@@ -1,0 +1,73 @@
+"""Closed-form layer-local gradients against autograd, which shares no code with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close64
+from torch import nn
+
+from frog_cuda import local
+
+B, K = 7, 3
+#: layer and shape of its input
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (B, 5)),
+    "linear, sequence": (lambda: nn.Linear(5, 4, bias=False), (B, 3, 5)),
+    "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (B, 3, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=1, dilation=2, groups=2), (B, 4, 7, 6)),
+    "conv2d, same": (lambda: nn.Conv2d(3, 4, (4, 3), padding="same"), (B, 3, 7, 6)),
+    "conv2d, valid": (lambda: nn.Conv2d(3, 4, 3, padding="valid"), (B, 3, 7, 6)),
+    "conv2d, reflect": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (B, 3, 7, 6)),
+    "conv2d, circular": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="circular", stride=2), (B, 3, 7, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (B, 2, 3, 4, 3)),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1), (B, 3, 5)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (B, 4, 4, 3)),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2, dilation=2), (B, 2, 3, 2, 3)),
+    "layer norm": (lambda: nn.LayerNorm((3, 5), eps=0.1), (B, 2, 3, 5)),
+    "rms norm": (lambda: nn.RMSNorm(5), (B, 3, 5)),
+    "group norm": (lambda: nn.GroupNorm(2, 6), (B, 6, 4)),
+    "batch norm 1d": (lambda: nn.BatchNorm1d(5), (B, 5)),
+    "batch norm 2d": (lambda: nn.BatchNorm2d(3), (B, 3, 4, 2)),
+    "batch norm 3d": (lambda: nn.BatchNorm3d(2), (B, 2, 3, 2, 2)),
+    "batch norm, evaluation": (lambda: nn.BatchNorm2d(3).eval(), (B, 3, 4, 2)),
+}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["gradient of every row", "k shared tangents"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_against_autograd(name, shared):
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer = make().double()
+    if hasattr(layer, "running_mean"):
+        layer.running_mean.normal_()
+    x = torch.randn(shape, dtype=torch.float64)
+    y = layer(x)
+    if shared:
+        weights, v = torch.randn(K, B, dtype=torch.float64), torch.randn(K, *y.shape[1:], dtype=torch.float64)
+        g = torch.einsum("kb,k...->b...", weights, v)
+    else:
+        weights, g = None, torch.randn_like(y)
+        v = g
+    y.backward(g)
+    with torch.no_grad():
+        found = list(local.local_gradient(layer, local.local_rule(layer), x, weights, v))
+    assert [id(p) for p, _ in found] == [id(p) for p in layer.parameters()]
+    for p, own in found:
+        assert_close64(own, p.grad)
+
+
+def test_every_rule_is_tested_and_frozen_parameters_are_left_out():
+    assert {type(make()) for make, _ in LAYERS.values()} == {t for t in local._RULES if t.__module__.startswith("torch")}
+    layer = nn.Linear(3, 2)
+    layer.weight.requires_grad_(False)
+    found = list(local.local_gradient(layer, local.local_rule(layer), torch.ones(4, 3), None, torch.ones(4, 2)))
+    assert [p is layer.bias for p, _ in found] == [True]
+
+
+def test_a_subclass_has_no_rule():
+    class Scaled(nn.Linear):
+        pass
+
+    assert local.local_rule(Scaled(2, 2)) is None

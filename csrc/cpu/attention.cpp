@@ -69,7 +69,8 @@ struct Panels {
                 int64_t rows, T* acc, int64_t acc_ld) const {
     for (int64_t c = from; c < to; c += Simd<T>::panel()) {
       const int64_t w = width(c);
-      (simd().*Simd<T>::tile)(packed + c * depth + first * w, w, rows_of, ld, rows, count, acc + c - from, acc_ld);
+      (simd().*Simd<T>::tile)(packed + c * depth + first * w, w, rows_of, ld, rows, count, acc + c - from, acc_ld,
+                              false);
     }
   }
 };

@@ -1,14 +1,15 @@
 // linear_jvp: y = act(x W^T + b) and k tangents dy_i = act'(.) (dx_i W^T + x dW_i^T + db_i + v_i).
 //
-// Incoming tangents fold k into the batch and go through the library's GEMM; where x and dx lie next to each other in
-// memory, primal and tangents are one GEMM. y and dy are allocated next to each other for the next layer's sake.
+// Incoming tangents fold k into the batch: the weight is read and packed once for the primal and all tangents, and sums
+// start from bias, sampled bias tangents or activity tangents (product.h). Few rows, and machines without vector
+// kernels, take the library's GEMM. y and dy are allocated next to each other for the next layer's sake.
 //
 // Sampled weight tangents never exist as a whole. Floor per tangent and weight element: one draw and B fused
 // multiply-adds. A thread takes rows of W, draws k tangents of six rows into second-level cache, and multiplies them
 // with x, which is packed once into panels [in, rows of x] so that every vector instruction works on 16 (AVX-512) rows
 // of x.
-#include "draw.h"
 #include "pointwise.h"
+#include "product.h"
 
 namespace frog {
 namespace {
@@ -19,36 +20,24 @@ constexpr int64_t kSumsBytes =
     4 * 1024 * 1024;                // running sums of a tile over all of x; more rows of x are done in batches
 constexpr int64_t kColumns = 128;   // columns of x between two loads of the sums; x panel stays in first-level cache
 constexpr int64_t kGramRun = 2048;  // elements that are summed in T before they enter the double sums
+constexpr int64_t kFewRows = 128;   // of a gradient, up to which outer_product is the faster way
 constexpr int64_t kExactGramElements = 4096;  // below this, tangents can be nearly dependent: products in double
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline void tile(const float* xt, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t count,
-                 float* acc) {
-  simd().tile_f32(xt, width, v, v_ld, rows, count, acc, width);
-}
-inline void tile(const double* xt, int64_t width, const double* v, int64_t v_ld, int64_t rows, int64_t count,
-                 double* acc) {
-  simd().tile_f64(xt, width, v, v_ld, rows, count, acc, width);
-}
 
 // x [rows, in] as panels [in, width]: the last panel is as wide as whole vectors need and padded with zeros.
 template <class T>
 struct Panels {
   int64_t rows, in, panel, vector;
-  std::vector<T> data;
+  Scratch<T> data;
 
-  Panels(const T* x, int64_t rows_, int64_t in_) : rows(rows_), in(in_) {
-    panel = sizeof(T) == sizeof(float) ? simd().panel_f32 : simd().panel_f64;
-    vector = sizeof(T) == sizeof(float) ? simd().vector_f32 : simd().vector_f64;
-    data.resize(ceil_div(rows, vector) * vector * in);
+  Panels(const T* x, int64_t rows_, int64_t in_)
+      : rows(rows_),
+        in(in_),
+        panel(panel_width<T>()),
+        vector(vector_width<T>()),
+        data(ceil_div(rows, vector) * vector * in) {
     torch::stable::parallel_for(0, count(), 1, [&](int64_t a, int64_t b) {
       for (int64_t p = a; p < b; ++p) {
-        T* out = data.data() + p * panel * in;
-        const int64_t w = width(p), live = std::min(panel, rows - p * panel);
-        for (int64_t c = 0; c < in; ++c) {
-          for (int64_t j = 0; j < w; ++j) out[c * w + j] = j < live ? x[(p * panel + j) * in + c] : T(0);
-        }
+        pack(x + p * panel * in, in, std::min(panel, rows - p * panel), in, width(p), data.data() + p * panel * in);
       }
     });
   }
@@ -80,8 +69,8 @@ void add_sampled_weight(const DrawSpec& spec, int64_t k, int64_t offset, const T
   const bool exact_gram = sizeof(T) == sizeof(float) && in * out <= kExactGramElements;
 
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
-    std::vector<T> drawn(k * kTileRows * cols);
-    std::vector<T> sums(k * batch * kTileRows * panels.panel);  // [k, batch, kTileRows, panel]
+    Scratch<T> drawn(k * kTileRows * cols);
+    Scratch<T> sums(k * batch * kTileRows * panels.panel);  // [k, batch, kTileRows, panel]
     std::vector<double> drawn_exact(gram_out && exact_gram ? k * kTileRows * in : 0);
     for (int64_t task = first_task; task < last_task; ++task) {
       double* partial = gram_out ? partials.data() + task * k * k : nullptr;
@@ -96,7 +85,7 @@ void add_sampled_weight(const DrawSpec& spec, int64_t k, int64_t offset, const T
         // once even for an empty batch: the Gram does not depend on x
         for (int64_t p0 = 0; p0 == 0 || p0 < panels.count(); p0 += batch) {
           const int64_t p1 = std::min(panels.count(), p0 + batch);
-          std::fill(sums.begin(), sums.end(), T(0));
+          if (in == 0) std::fill(sums.data(), sums.data() + k * batch * kTileRows * panels.panel, T(0));
           for (int64_t c0 = 0; c0 < in; c0 += cols) {
             const int64_t n = std::min(cols, in - c0);
             const int64_t ld = nr * n;  // drawn [k, nr, n]
@@ -111,8 +100,8 @@ void add_sampled_weight(const DrawSpec& spec, int64_t k, int64_t offset, const T
               for (int64_t c = 0; c < n; c += kColumns) {
                 for (int64_t i = 0; i < k; ++i) {
                   T* acc = sums.data() + (i * batch + p - p0) * kTileRows * panels.panel;
-                  tile(panels.at(p) + (c0 + c) * w, w, drawn.data() + i * ld + c, n, nr, std::min(kColumns, n - c),
-                       acc);
+                  tile(panels.at(p) + (c0 + c) * w, w, drawn.data() + i * ld + c, n, nr, std::min(kColumns, n - c), acc,
+                       w, c0 + c == 0);
                 }
               }
             }
@@ -147,45 +136,47 @@ struct Arguments {
   int64_t k, rows, in, out;
 };
 
+// What is added to the products, row by row of the buffer [1 + k, rows, out].
+template <class T>
+struct Addends {
+  int64_t rows, out, period;
+  const T *bias, *dbias, *activity;  // [out], [k, out], [k, period, out], each null where not given
+
+  bool any() const { return bias || dbias || activity; }
+  // `to` [n] becomes the addends of a row at columns o .. o + n
+  void start(int64_t row, int64_t o, int64_t n, T* to) const {
+    const int64_t i = row / rows - 1, r = row % rows;
+    const T* first = i < 0 ? bias : dbias ? dbias + i * out : nullptr;
+    const T* second = i >= 0 && activity ? activity + (i * period + r % period) * out : nullptr;
+    if (!first) std::swap(first, second);
+    if (second) {
+      for (int64_t j = 0; j < n; ++j) to[j] = first[o + j] + second[o + j];
+    } else if (first) {
+      std::copy(first + o, first + o + n, to);
+    } else {
+      std::fill(to, to + n, T(0));
+    }
+  }
+};
+
+// Rows from .. to of c [*, out]: += the addends, or = where `fresh`
+template <class T>
+void add_rows(const Addends<T>& addends, int64_t from, int64_t to, bool fresh, T* c) {
+  const int64_t out = addends.out, grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, out));
+  torch::stable::parallel_for(from, to, grain, [&](int64_t first, int64_t last) {
+    std::vector<T> row(fresh ? 0 : out);
+    for (int64_t r = first; r < last; ++r) {
+      T* target = c + r * out;
+      addends.start(r, 0, out, fresh ? target : row.data());
+      for (int64_t o = 0; !fresh && o < out; ++o) target[o] += row[o];
+    }
+  });
+}
+
 // buffer [1 + k, rows, out] receives x W^T + b and its tangents, before the activation.
 template <class T>
 void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
   const int64_t k = a.k, rows = a.rows, in = a.in, out = a.out;
-  T* y = static_cast<T*>(buffer.mutable_data_ptr());
-  T* dy = y + rows * out;
-  const Tensor wt = torch::stable::transpose(a.weight, 0, 1);  // [in, out]
-  Tensor y_rows = part_of(buffer, 0, {rows, out});
-  Tensor dy_rows = part_of(buffer, rows * out, {k * rows, out});
-  bool fresh = true;  // dy holds nothing yet
-  if (a.dx) {
-    const char* x_end = static_cast<const char*>(a.x.data_ptr()) + rows * in * sizeof(T);
-    if (x_end == a.dx->data_ptr()) {
-      Tensor stacked = part_of(buffer, 0, {(1 + k) * rows, out});
-      // a.dx is not owned by this tensor, but outlives it
-      mm_out(stacked, part_of(a.x, 0, {(1 + k) * rows, in}), wt);
-    } else {
-      mm_out(y_rows, a.x, wt);
-      mm_out(dy_rows, torch::stable::view(*a.dx, {k * rows, in}), wt);
-    }
-    fresh = false;
-  } else {
-    mm_out(y_rows, a.x, wt);
-  }
-  if (a.dweight) {
-    const Tensor x_k = as_strided(a.x, {k, rows, in}, {0, in, 1}, 0);
-    const Tensor product = torch::stable::matmul(x_k, torch::stable::transpose(*a.dweight, 1, 2));  // [k, rows, out]
-    const Tensor dense = torch::stable::contiguous(product);
-    const T* add = static_cast<const T*>(dense.const_data_ptr());
-    torch::stable::parallel_for(0, k * rows * out, 32768, [&](int64_t from, int64_t to) {
-      for (int64_t j = from; j < to; ++j) dy[j] = (fresh ? T(0) : dy[j]) + add[j];
-    });
-    fresh = false;
-  }
-  if (a.weight_offset) {
-    const T* x = static_cast<const T*>(a.x.const_data_ptr());
-    add_sampled_weight<T>(*a.spec, k, *a.weight_offset, x, rows, in, out, dy, fresh, gram_out);
-    fresh = false;
-  }
   std::vector<T> drawn_bias;  // [k, out]
   const T* dbias = a.dbias ? static_cast<const T*>(a.dbias->const_data_ptr()) : nullptr;
   if (a.bias_offset) {
@@ -200,31 +191,52 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
       for (int64_t j = 0; j < k * k; ++j) gram_out[j] += total[j];
     }
   }
-  const T* bias = a.bias ? static_cast<const T*>(a.bias->const_data_ptr()) : nullptr;
-  const T* activity = a.activity ? static_cast<const T*>(a.activity->const_data_ptr()) : nullptr;
-  const int64_t period = a.activity ? a.activity->size(1) : 1;
-  if (!bias && !dbias && !activity) return;
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, out));
-  torch::stable::parallel_for(0, (1 + k) * rows, grain, [&](int64_t from, int64_t to) {
-    for (int64_t row = from; row < to; ++row) {
-      T* target = y + row * out;
-      if (row < rows) {
-        if (bias) {
-          for (int64_t o = 0; o < out; ++o) target[o] += bias[o];
-        }
-        continue;
-      }
-      const int64_t i = row / rows - 1, r = row % rows;
-      if (fresh) std::fill(target, target + out, T(0));
-      if (dbias) {
-        for (int64_t o = 0; o < out; ++o) target[o] += dbias[i * out + o];
-      }
-      if (activity) {
-        const T* v = activity + (i * period + r % period) * out;
-        for (int64_t o = 0; o < out; ++o) target[o] += v[o];
-      }
+  const Addends<T> addends{rows,
+                           out,
+                           a.activity ? a.activity->size(1) : 1,
+                           a.bias ? static_cast<const T*>(a.bias->const_data_ptr()) : nullptr,
+                           dbias,
+                           a.activity ? static_cast<const T*>(a.activity->const_data_ptr()) : nullptr};
+  T* y = static_cast<T*>(buffer.mutable_data_ptr());
+  T* dy = y + rows * out;
+  const T* x = static_cast<const T*>(a.x.const_data_ptr());
+  const T* dx = a.dx ? static_cast<const T*>(a.dx->const_data_ptr()) : nullptr;
+  const int64_t multiplied = dx ? (1 + k) * rows : rows;  // rows of the buffer that a product fills
+  if (tile_pays<T>(multiplied)) {
+    const T* w = static_cast<const T*>(a.weight.const_data_ptr());
+    std::vector<Rows<T>> pieces{{x, 0, rows}};
+    if (dx == x + rows * in) {
+      pieces[0].count = multiplied;
+    } else if (dx) {
+      pieces.push_back({dx, rows, k * rows});
     }
-  });
+    product(pieces, in, w, out, y, [&](int64_t row, int64_t o, int64_t n, T* to) { addends.start(row, o, n, to); });
+  } else {
+    const Tensor wt = torch::stable::transpose(a.weight, 0, 1);  // [in, out]
+    Tensor y_rows = part_of(buffer, 0, {rows, out});
+    mm_out(y_rows, a.x, wt);
+    if (dx) {
+      Tensor dy_rows = part_of(buffer, rows * out, {k * rows, out});
+      mm_out(dy_rows, torch::stable::view(*a.dx, {k * rows, in}), wt);
+    }
+    if (addends.any()) add_rows(addends, 0, multiplied, false, y);
+  }
+  bool fresh = multiplied == rows;  // dy holds nothing yet
+  if (fresh && addends.any()) {
+    add_rows(addends, rows, (1 + k) * rows, true, y);
+    fresh = !(dbias || addends.activity);
+  }
+  if (a.dweight) {
+    const Tensor x_k = as_strided(a.x, {k, rows, in}, {0, in, 1}, 0);
+    const Tensor product = torch::stable::matmul(x_k, torch::stable::transpose(*a.dweight, 1, 2));  // [k, rows, out]
+    const Tensor dense = torch::stable::contiguous(product);
+    const T* add = static_cast<const T*>(dense.const_data_ptr());
+    torch::stable::parallel_for(0, k * rows * out, 32768, [&](int64_t from, int64_t to) {
+      for (int64_t j = from; j < to; ++j) dy[j] = (fresh ? T(0) : dy[j]) + add[j];
+    });
+    fresh = false;
+  }
+  if (a.weight_offset) add_sampled_weight<T>(*a.spec, k, *a.weight_offset, x, rows, in, out, dy, fresh, gram_out);
 }
 
 // `t` checked against `expected`, dense and in the compute type.
@@ -312,8 +324,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   return {to_dtype(y, x.scalar_type()), to_dtype(dy, dx ? dx->scalar_type() : x.scalar_type()), gram_matrix};
 }
 
-// gradient [r, out], x [r, in] -> gradient^T x. The library's product, into memory that is used again: fresh pages for
-// the gradient of a large layer cost more than a product of few rows.
+// gradient [r, out], x [r, in] -> gradient^T x, into memory that is used again: fresh pages for the gradient of a large
+// layer cost more than a product of few rows. Many rows take the library's product.
 Tensor linear_gradient(const Tensor& gradient, const Tensor& x) {
   const char* op = "linear_gradient";
   const Tensor* given[2] = {&gradient, &x};
@@ -326,7 +338,19 @@ Tensor linear_gradient(const Tensor& gradient, const Tensor& x) {
                     shape_string(*given[j]), ", expected (rows, features) with the same number of rows");
   }
   Tensor out = new_tensor(x, {gradient.size(1), x.size(1)}, gradient.scalar_type());  // [out, in]
-  mm_out(out, torch::stable::transpose(gradient, 0, 1), x);
+  const int64_t rows = x.size(0);
+  const auto few = [&](auto zero) {
+    using T = decltype(zero);
+    if (rows > kFewRows || panel_width<T>() == vector_width<T>()) return false;
+    const Tensor g = torch::stable::contiguous(gradient), f = torch::stable::contiguous(x);
+    outer_product(static_cast<const T*>(g.const_data_ptr()), static_cast<const T*>(f.const_data_ptr()), rows, g.size(1),
+                  f.size(1), static_cast<T*>(out.mutable_data_ptr()));
+    return true;
+  };
+  const bool done = x.scalar_type() == ScalarType::Float    ? few(float{})
+                    : x.scalar_type() == ScalarType::Double ? few(double{})
+                                                            : false;
+  if (!done) mm_out(out, torch::stable::transpose(gradient, 0, 1), x);
   return out;
 }
 

@@ -35,6 +35,34 @@ inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 constexpr int kTileVectors = 2;  // 6 rows x 2 vectors of accumulators, 2 of x, 1 broadcast: 15 of 16 registers
 
+inline __m256 low_pairs(__m256 x, __m256 y) {
+  return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
+}
+inline __m256 high_pairs(__m256 x, __m256 y) {
+  return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(x), _mm256_castps_pd(y)));
+}
+
+// to[c * to_ld + r] = from[r * ld + c] for r, c < 8: pairs of elements, then of pairs, then halves of a register
+constexpr bool kTransposesFloats = true;
+inline void transpose_floats(const float* from, int64_t ld, float* to, int64_t to_ld) {
+  __m256 a[8], b[8];
+  for (int r = 0; r < 8; ++r) a[r] = _mm256_loadu_ps(from + r * ld);
+  for (int r = 0; r < 8; r += 2) {
+    b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
+    b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+  }
+  for (int r = 0; r < 8; r += 4) {  // a[r + c]: columns c and c + 4 of rows r .. r + 3
+    a[r] = low_pairs(b[r], b[r + 2]);
+    a[r + 1] = high_pairs(b[r], b[r + 2]);
+    a[r + 2] = low_pairs(b[r + 1], b[r + 3]);
+    a[r + 3] = high_pairs(b[r + 1], b[r + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(to + c * to_ld, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+    _mm256_storeu_ps(to + (c + 4) * to_ld, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+  }
+}
+
 // Box-Muller as in distributions.h, eight lanes.
 inline void normal_pairs(__m256i word, __m256* first, __m256* second) {
   const __m256i cell = _mm256_or_si256(_mm256_srli_epi32(word, 8), _mm256_set1_epi32(1));

@@ -28,6 +28,40 @@ inline F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F64 fma(F64 a, F64 b, F64 c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 constexpr int kTileVectors = 4;  // 6 rows x 4 vectors of accumulators, 4 of x, 1 broadcast: 29 of 32 registers
 
+inline __m512 low_pairs(__m512 x, __m512 y) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+}
+inline __m512 high_pairs(__m512 x, __m512 y) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+}
+
+// to[c * to_ld + r] = from[r * ld + c] for r, c < 16: pairs of elements, then of pairs, then of quarters of a register
+constexpr bool kTransposesFloats = true;
+inline void transpose_floats(const float* from, int64_t ld, float* to, int64_t to_ld) {
+  __m512 a[16], b[16];
+  for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_ps(from + r * ld);
+  for (int r = 0; r < 16; r += 2) {
+    b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+  }
+  for (int r = 0; r < 16; r += 4) {  // a[r + c]: columns c, c + 4, c + 8, c + 12 of rows r .. r + 3
+    a[r] = low_pairs(b[r], b[r + 2]);
+    a[r + 1] = high_pairs(b[r], b[r + 2]);
+    a[r + 2] = low_pairs(b[r + 1], b[r + 3]);
+    a[r + 3] = high_pairs(b[r + 1], b[r + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even_low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);  // columns c and c + 8 of rows 0 .. 7
+    const __m512 odd_low = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xDD);
+    const __m512 even_high = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xDD);
+    _mm512_storeu_ps(to + c * to_ld, _mm512_shuffle_f32x4(even_low, even_high, 0x88));
+    _mm512_storeu_ps(to + (c + 4) * to_ld, _mm512_shuffle_f32x4(odd_low, odd_high, 0x88));
+    _mm512_storeu_ps(to + (c + 8) * to_ld, _mm512_shuffle_f32x4(even_low, even_high, 0xDD));
+    _mm512_storeu_ps(to + (c + 12) * to_ld, _mm512_shuffle_f32x4(odd_low, odd_high, 0xDD));
+  }
+}
+
 // r^2 as in distributions.h, in sixteen lanes; getexp and getmant give the exponent and the mantissa in [1, 2) exactly.
 // The word keeps its upper 24 bits in place, so the exponent is 8 larger than in the scalar code.
 inline void normal_pairs(__m512i word, __m512* first, __m512* second) {

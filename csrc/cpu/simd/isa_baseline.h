@@ -42,6 +42,8 @@ inline Lanes<T> fma(Lanes<T> a, Lanes<T> b, Lanes<T> c) {
   return c;
 }
 constexpr int kTileVectors = 1;
+constexpr bool kTransposesFloats = false;
+inline void transpose_floats(const float*, int64_t, float*, int64_t) {}
 
 struct PhiloxGroup {
   uint64_t call;

@@ -55,12 +55,15 @@ struct SimdKernels {
   void (*gram_f32)(const float* v, int64_t k, int64_t n, int64_t ld, double* gram);
   void (*gram_f64)(const double* v, int64_t k, int64_t n, int64_t ld, double* gram);
 
-  // acc[r * acc_ld + b] += sum_c v[r * v_ld + c] * xt[c * width + b] for r < rows, b < width; width a multiple of the
-  // vector length and at most panel width
+  // acc[r * acc_ld + b] += sum_c v[r * v_ld + c] * xt[c * width + b] (or =, where `fresh`) for r < rows, b < width;
+  // width a multiple of the vector length and at most panel width
   void (*tile_f32)(const float* xt, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t count,
-                   float* acc, int64_t acc_ld);
+                   float* acc, int64_t acc_ld, bool fresh);
   void (*tile_f64)(const double* xt, int64_t width, const double* v, int64_t v_ld, int64_t rows, int64_t count,
-                   double* acc, int64_t acc_ld);
+                   double* acc, int64_t acc_ld, bool fresh);
+  // a panel for the tile: xt[c * width + r] = x[r * ld + c] for c < count and r < width, zeros where r >= rows
+  void (*pack_f32)(const float* x, int64_t ld, int64_t rows, int64_t count, int64_t width, float* xt);
+  void (*pack_f64)(const double* x, int64_t ld, int64_t rows, int64_t count, int64_t width, double* xt);
   // one step of online softmax with tangents, and the rescaling it asks for; see attention_impl.h
   void (*attend_f32)(float* scores, int64_t rows, int64_t k, int64_t count, int64_t ld, float* max, float* sum,
                      float* shift, float* correction);

@@ -237,11 +237,12 @@ void gram(const T* v, int64_t k, int64_t n, int64_t ld, double* out) {
 
 // R rows of v against N vectors of xt; the sums stay in registers over the whole count.
 template <class T, int R, int N>
-void tile_fixed(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t count, T* acc, int64_t acc_ld) {
+void tile_fixed(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t count, T* acc, int64_t acc_ld,
+                bool fresh) {
   using V = typename VectorOf<T>::type;
   V sums[R][N];
   for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) sums[r][n] = V::load(acc + r * acc_ld + n * V::kWidth);
+    for (int n = 0; n < N; ++n) sums[r][n] = fresh ? V::zero() : V::load(acc + r * acc_ld + n * V::kWidth);
   }
   for (int64_t c = 0; c < count; ++c) {
     V x[N];
@@ -258,25 +259,58 @@ void tile_fixed(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t co
 
 template <class T, int N>
 void tile_rows(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc,
-               int64_t acc_ld) {
+               int64_t acc_ld, bool fresh) {
   int64_t r = 0;
-  for (; r + 6 <= rows; r += 6) tile_fixed<T, 6, N>(xt, width, v + r * v_ld, v_ld, count, acc + r * acc_ld, acc_ld);
-  for (; r + 2 <= rows; r += 2) tile_fixed<T, 2, N>(xt, width, v + r * v_ld, v_ld, count, acc + r * acc_ld, acc_ld);
-  for (; r < rows; ++r) tile_fixed<T, 1, N>(xt, width, v + r * v_ld, v_ld, count, acc + r * acc_ld, acc_ld);
+  const auto take = [&](auto tile, int taken) {
+    tile(xt, width, v + r * v_ld, v_ld, count, acc + r * acc_ld, acc_ld, fresh);
+    r += taken;
+  };
+  while (r + 6 <= rows) take(tile_fixed<T, 6, N>, 6);
+  if (r + 4 <= rows) take(tile_fixed<T, 4, N>, 4);
+  if (r + 2 <= rows) take(tile_fixed<T, 2, N>, 2);
+  if (r < rows) take(tile_fixed<T, 1, N>, 1);
 }
 
 template <class T>
-void tile(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc, int64_t acc_ld) {
+void tile(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc, int64_t acc_ld,
+          bool fresh) {
   using V = typename VectorOf<T>::type;
   const int64_t vectors = width / V::kWidth;
   if constexpr (kTileVectors >= 4) {
-    if (vectors == 4) return tile_rows<T, 4>(xt, width, v, v_ld, rows, count, acc, acc_ld);
-    if (vectors == 3) return tile_rows<T, 3>(xt, width, v, v_ld, rows, count, acc, acc_ld);
+    if (vectors == 4) return tile_rows<T, 4>(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
+    if (vectors == 3) return tile_rows<T, 3>(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
   }
   if constexpr (kTileVectors >= 2) {
-    if (vectors == 2) return tile_rows<T, 2>(xt, width, v, v_ld, rows, count, acc, acc_ld);
+    if (vectors == 2) return tile_rows<T, 2>(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
   }
-  tile_rows<T, 1>(xt, width, v, v_ld, rows, count, acc, acc_ld);
+  tile_rows<T, 1>(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
+}
+
+// to[c * to_ld + r] = from[r * ld + c] for a square as wide as a vector
+template <class T>
+inline void transpose(const T* from, int64_t ld, T* to, int64_t to_ld) {
+  constexpr int kWidth = VectorOf<T>::type::kWidth;
+  if constexpr (kTransposesFloats && sizeof(T) == sizeof(float)) {
+    transpose_floats(from, ld, to, to_ld);
+  } else {
+    for (int c = 0; c < kWidth; ++c) {
+      for (int r = 0; r < kWidth; ++r) to[c * to_ld + r] = from[r * ld + c];
+    }
+  }
+}
+
+template <class T>
+void pack(const T* x, int64_t ld, int64_t rows, int64_t count, int64_t width, T* xt) {
+  constexpr int kWidth = VectorOf<T>::type::kWidth;
+  for (int64_t r0 = 0; r0 < width; r0 += kWidth) {
+    int64_t c = 0;
+    if (r0 + kWidth <= rows) {
+      for (; c + kWidth <= count; c += kWidth) transpose(x + r0 * ld + c, ld, xt + c * width + r0, width);
+    }
+    for (; c < count; ++c) {
+      for (int64_t r = r0; r < r0 + kWidth; ++r) xt[c * width + r] = r < rows ? x[r * ld + c] : T(0);
+    }
+  }
 }
 
 #define FROG_STRING_(x) #x
@@ -291,6 +325,8 @@ const SimdKernels kTable = {
     gram<double>,
     tile<float>,
     tile<double>,
+    pack<float>,
+    pack<double>,
     attend<float>,
     attend<double>,
     rescale<float>,

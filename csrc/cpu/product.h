@@ -1,0 +1,162 @@
+// Products of a linear layer's matrices on the register tile of csrc/cpu/simd. They replace the library's where there
+// are rows enough to pay for packing, because (measured, docs/performance.md) the library loses a third of the machine
+// at a batch of 64 rows, writes a gradient of few rows at a quarter of the memory's speed, and knows nothing of what
+// the sums should start from.
+//
+// Sums run over the inner dimension in order, whatever the number of threads.
+#pragma once
+
+#include "draw.h"
+
+namespace frog {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/// Uninitialised memory for a thread's own use, from the pool.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(Pool::get().take(std::max<int64_t>(1, count) * sizeof(T), &size_)) {}
+  ~Scratch() { Pool::get().give(data_, size_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data() { return static_cast<T*>(data_); }
+  const T* data() const { return static_cast<const T*>(data_); }
+
+ private:
+  size_t size_ = 0;
+  void* data_;
+};
+
+// The table's entries by element type.
+template <class T>
+inline int64_t vector_width() {
+  return sizeof(T) == sizeof(float) ? simd().vector_f32 : simd().vector_f64;
+}
+template <class T>
+inline int64_t panel_width() {
+  return sizeof(T) == sizeof(float) ? simd().panel_f32 : simd().panel_f64;
+}
+inline void tile(const float* xt, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t count, float* acc,
+                 int64_t acc_ld, bool fresh) {
+  simd().tile_f32(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
+}
+inline void tile(const double* xt, int64_t width, const double* v, int64_t v_ld, int64_t rows, int64_t count,
+                 double* acc, int64_t acc_ld, bool fresh) {
+  simd().tile_f64(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
+}
+inline void pack(const float* x, int64_t ld, int64_t rows, int64_t count, int64_t width, float* xt) {
+  simd().pack_f32(x, ld, rows, count, width, xt);
+}
+inline void pack(const double* x, int64_t ld, int64_t rows, int64_t count, int64_t width, double* xt) {
+  simd().pack_f64(x, ld, rows, count, width, xt);
+}
+
+/// Whether `product` is the faster way for so many rows: below, packing the weight costs more than it gains; on one
+/// vector of accumulators the tile has no advantage.
+template <class T>
+inline bool tile_pays(int64_t rows) {
+  constexpr int64_t kFewest = 16;
+  return rows >= kFewest && panel_width<T>() > vector_width<T>();
+}
+
+/// Rows of a left-hand side that lie together: a [count, in] are the rows first .. first + count of the result.
+template <class T>
+struct Rows {
+  const T* a;
+  int64_t first, count;
+};
+
+/// c [*, out] = start + a w^T for a [*, in] in one or more pieces and w [out, in]; start(row, o, n, to) writes the n
+/// values that the sums of a row start from at column o. A thread packs a panel of w and takes rows of a through it.
+template <class T, class Start>
+void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t out, T* c, const Start& start) {
+  constexpr int64_t kRows = 32 * kTileRows;    // rows of a task
+  constexpr int64_t kDepth = 1024;             // of a packed panel, which stays in second-level cache
+  constexpr int64_t kWork = int64_t{1} << 18;  // multiplications that are worth a thread
+  std::vector<Rows<T>> blocks;
+  for (const Rows<T>& piece : pieces) {
+    for (int64_t r = 0; r < piece.count; r += kRows) {
+      blocks.push_back({piece.a + r * in, piece.first + r, std::min(kRows, piece.count - r)});
+    }
+  }
+  const int64_t panel = panel_width<T>(), vector = vector_width<T>(), depth = std::min(in, kDepth);
+  const int64_t count = static_cast<int64_t>(blocks.size()), tasks = count * ceil_div(out, panel);
+  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, kRows * panel * in));
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t from, int64_t to) {
+    Scratch<T> packed(panel * depth), edge(kTileRows * panel);
+    for (int64_t p = from / count; p * count < to; ++p) {
+      const int64_t o = p * panel, live = std::min(panel, out - o), width = ceil_div(live, vector) * vector;
+      const int64_t first = std::max(from - p * count, int64_t{0}), last = std::min(to - p * count, count);
+      std::fill(edge.data(), edge.data() + kTileRows * panel, T(0));
+      for (int64_t i0 = 0; i0 == 0 || i0 < in; i0 += depth) {
+        const int64_t n = std::min(depth, in - i0);
+        pack(w + o * in + i0, in, live, n, width, packed.data());
+        for (int64_t b = first; b < last; ++b) {
+          const Rows<T>& block = blocks[b];
+          for (int64_t r = 0; r < block.count; r += kTileRows) {
+            const int64_t rows = std::min(kTileRows, block.count - r);
+            T* target = c + (block.first + r) * out + o;
+            T* acc = live == width ? target : edge.data();  // the tile writes whole vectors
+            const int64_t ld = live == width ? out : panel;
+            for (int64_t j = 0; j < rows; ++j) {
+              if (i0 == 0) {
+                start(block.first + r + j, o, live, acc + j * ld);
+              } else if (acc != target) {
+                std::copy(target + j * out, target + j * out + live, acc + j * ld);
+              }
+            }
+            tile(packed.data(), width, block.a + r * in + i0, in, rows, n, acc, ld, false);
+            for (int64_t j = 0; acc != target && j < rows; ++j) {
+              std::copy(acc + j * ld, acc + j * ld + live, target + j * out);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+/// c [out, in] = g^T x for g [rows, out] and x [rows, in], few rows. Bound by writing c.
+template <class T>
+void outer_product(const T* g, const T* x, int64_t rows, int64_t out, int64_t in, T* c) {
+  constexpr int64_t kPackedBytes = 256 * 1024;  // of x, in second-level cache
+  constexpr int64_t kElements = 32768;          // of c that are worth a thread
+  const int64_t panel = panel_width<T>(), vector = vector_width<T>();
+  const int64_t fitting = kPackedBytes / (std::max<int64_t>(1, rows) * static_cast<int64_t>(sizeof(T)));
+  const int64_t columns = std::max(panel, fitting / panel * panel);
+  for (int64_t i0 = 0; i0 < in; i0 += columns) {
+    const int64_t wide = std::min(columns, in - i0);
+    Scratch<T> packed(ceil_div(wide, vector) * vector * rows);  // panels [rows, width]
+    for (int64_t i = 0; i < wide; i += panel) {
+      const int64_t live = std::min(panel, wide - i), width = ceil_div(live, vector) * vector;
+      for (int64_t r = 0; r < rows; ++r) {
+        T* to = packed.data() + i * rows + r * width;
+        std::copy(x + r * in + i0 + i, x + r * in + i0 + i + live, to);
+        std::fill(to + live, to + width, T(0));
+      }
+    }
+    const int64_t grain = std::max<int64_t>(1, kElements / (kTileRows * wide));
+    torch::stable::parallel_for(0, ceil_div(out, kTileRows), grain, [&](int64_t from, int64_t to) {
+      Scratch<T> left(kTileRows * rows), edge(kTileRows * panel);
+      for (int64_t o = from * kTileRows; o < std::min(out, to * kTileRows); o += kTileRows) {
+        const int64_t strip = std::min(kTileRows, out - o);
+        for (int64_t j = 0; j < strip; ++j) {
+          for (int64_t r = 0; r < rows; ++r) left.data()[j * rows + r] = g[r * out + o + j];
+        }
+        for (int64_t i = 0; i < wide; i += panel) {
+          const int64_t live = std::min(panel, wide - i), width = ceil_div(live, vector) * vector;
+          T* target = c + o * in + i0 + i;
+          T* acc = live == width ? target : edge.data();
+          const int64_t ld = live == width ? in : panel;
+          tile(packed.data() + i * rows, width, left.data(), rows, strip, rows, acc, ld, true);
+          for (int64_t j = 0; acc != target && j < strip; ++j) {
+            std::copy(acc + j * ld, acc + j * ld + live, target + j * in);
+          }
+        }
+      }
+    });
+  }
+}
+
+}  // namespace frog

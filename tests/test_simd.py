@@ -43,6 +43,10 @@ for distribution in ("normal", "rademacher"):
             _, dy, gram = ops.linear_jvp(x, None, w, want_gram=True, **how)
             computed[distribution, dtype, "dy", rows] = dy
             computed[distribution, dtype, "gram of dW", rows] = gram
+            dx = torch.linspace(-2, 1, 5 * rows * 70, dtype=dtype).cos().view(5, rows, 70)
+            y, dy, _ = ops.linear_jvp(x, dx, w, k=5)
+            computed[distribution, dtype, "y", rows], computed[distribution, dtype, "dx W^T", rows] = y, dy
+            computed[distribution, dtype, "gradient", rows] = ops.linear_gradient(x, x.sin())
 torch.save((drawn, computed), sys.argv[1])
 """
 

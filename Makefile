@@ -10,7 +10,7 @@ CHOSEN := $(PYTHON)
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CSRC = $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Each of these files is written after the step has succeeded: an interrupted step is done again.
 READY := $(VENV)/.requirements-installed

@@ -6,10 +6,15 @@ import hashlib
 from pathlib import Path
 
 
-def fingerprint(csrc: Path) -> str:
-    """Sixteen hex digits that change with any name or content of a source file below ``csrc``."""
+def fingerprint(csrc: Path, *, cuda: bool = False) -> str:
+    """Sixteen hex digits that change with any name or content of a source file below ``csrc``.
+
+    The libraries that always load are not built from ``csrc/cuda``, which counts only where ``cuda`` is set.
+    """
     digest = hashlib.sha256()
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(csrc).as_posix()} {len(content)}\n".encode() + content)
+        name = path.relative_to(csrc).as_posix()
+        if cuda or not name.startswith("cuda/"):
+            content = path.read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""CUDA kernels on the host, called from tests: ``Kernels("projection").run("cholesky_project", gram, ..., Out(shape, dtype))``."""
+"""CUDA kernels on the host, for tests: ``Kernels("projection").run("cholesky_project", gram, ..., Out(shape, dtype))``."""
 
 from __future__ import annotations
 

@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("frog_cuda")
     group.addoption("--widths", default="256,1024,4096", help="widths of the nets, separated by commas")
     group.addoption("--k", default="1,2,4,16", help="numbers of tangents, separated by commas")
+    group.addoption("--models", default="resnet18,vit,gpt256,gpt1024", help="names of models, separated by commas")
+    group.addoption("--model-k", default="1,4,16", help="numbers of tangents for models, separated by commas")
+    group.addoption("--lengths", default="512,1024,2048", help="lengths of sequences for attention, separated by commas")
     group.addoption("--quick", action="store_true", help="fewer rounds")
     group.addoption("--rounds", type=int, help="so many rounds of each case, instead of as many as fit its time")
 

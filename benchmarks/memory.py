@@ -1,10 +1,10 @@
-"""Peak memory of one gradient: by how much the resident set of a fresh process grows while it is computed.
+"""Peak memory of one gradient, or of one call of attention: by how much the resident set of a fresh process grows meanwhile.
 
 Each case runs in a process of its own, forked from a server that has imported torch and nothing more. There the method first
-runs once on a net of width 16 (threads, libraries, code pages), the real net and batch are made, freed memory is returned to
-the system, and the high-water mark of the resident set (VmHWM) is reset. Then the method is called once. The result counts all
-that the call allocates: activations, tangents, buffers of the libraries and the gradient itself (n x 4 bytes; ``update`` has
-none). Linux only.
+runs once on a net of width 16, or a short sequence (threads, libraries, code pages), the real net and batch are made, freed
+memory is returned to the system, and the high-water mark of the resident set (VmHWM) is reset. Then the method is called once.
+The result counts all that the call allocates: activations, tangents, buffers of the libraries and the result itself, such as
+the gradient (n x 4 bytes; ``update`` has none). Linux only.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-WARM_UP_WIDTH = 16
+WARM_UP_WIDTH, WARM_UP_LENGTH = 16, 64
 UPDATE = "weight, normal, update_"
 
 
@@ -30,53 +31,73 @@ def supported() -> bool:
 
 
 def peak_growth(method: str, width: int, k: int) -> int:
-    """Bytes by which one call of ``method`` raises the peak resident set.
+    """Bytes by which one gradient by ``method`` raises the peak resident set.
 
     Raises:
         RuntimeError: the process that measured died.
     """
+    return _in_a_process(f"{method}, width {width}, k {k}", _gradient, (method, width, k), WARM_UP_WIDTH)
+
+
+def attention_growth(name: str, length: int, k: int) -> int:
+    """The same for one call of attention with k tangents."""
+    return _in_a_process(f"{name}, length {length}, k {k}", _attention, (name, length, k), WARM_UP_LENGTH)
+
+
+Prepare = Callable[[str, int, int], Callable[[], object]]
+
+
+def _in_a_process(what: str, prepare: Prepare, arguments: tuple[str, int, int], small: int) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cases"])
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(send, method, width, k))
+    process = context.Process(target=_measure, args=(send, prepare, arguments, small))
     process.start()
     send.close()
     try:
         return receive.recv()
     except EOFError:
         process.join()
-        raise RuntimeError(
-            f"memory of {method}, width {width}, k {k}: the process ended with code {process.exitcode}"
-        ) from None
+        raise RuntimeError(f"memory of {what}: the process ended with code {process.exitcode}") from None
     finally:
         process.join()
 
 
-def _measure(send: Connection, name: str, width: int, k: int) -> None:
-    import torch
+def _gradient(name: str, width: int, k: int) -> Callable[[], object]:
     from cases import WeightNormal, by_name, problem
 
-    def prepare(width: int):
-        p = problem(width)
-        if name != UPDATE:
-            return by_name(name)(p, k)
-        step = WeightNormal(p, k)
+    p = problem(width)
+    if name != UPDATE:
+        return by_name(name)(p, k)
+    step = WeightNormal(p, k)
 
-        def update() -> None:
-            step.fg.derivatives(p.x, p.target)
-            step.fg.update_(1e-3)
+    def update() -> None:
+        step.fg.derivatives(p.x, p.target)
+        step.fg.update_(1e-3)
 
-        return update
+    return update
 
+
+def _attention(name: str, length: int, k: int) -> Callable[[], object]:
+    from attention_cases import prepare
+
+    return prepare(name, length, k)
+
+
+def _measure(send: Connection, prepare: Prepare, arguments: tuple[str, int, int], small: int) -> None:
+    import torch
+
+    name, size, k = arguments
     torch.manual_seed(0)
-    prepare(WARM_UP_WIDTH)()
-    call = prepare(width)
+    prepare(name, small, k)()
+    call = prepare(name, size, k)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")
     before = _kilobytes("VmRSS")
-    call()
+    result = call()
     send.send((_kilobytes("VmHWM") - before) * 1024)
+    del result  # held until here, so that it counts
 
 
 def _kilobytes(field: str) -> int:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import floors
-
-Record = dict[str, Any]
+import report_models
+from report_tables import Figure, Record, find, milliseconds, table
 
 METHODS = [
     "backprop",
@@ -21,28 +19,9 @@ METHODS = [
 ]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up on a terminal; all columns but the first two are numbers."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))) + " |"
-
-    rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(head), line(rule), *(line(row) for row in rows)])
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}"
-
-
-def _find(records: Sequence[Record], **wanted: Any) -> Record | None:
-    return next((r for r in records if all(r.get(key) == value for key, value in wanted.items())), None)
-
-
 def ratio_to_vmap(records: Sequence[Record], record: Record) -> float | None:
     """How many times faster than vmap(jvp) at the same width and k; both were timed in turns with backprop."""
-    other = _find(records, table="gradient", method="vmap(jvp)", width=record["width"], k=record["k"])
+    other = find(records, table="gradient", method="vmap(jvp)", width=record["width"], k=record["k"])
     return None if other is None else other["ratio"] / record["ratio"]
 
 
@@ -52,7 +31,7 @@ def gradient_table(records: Sequence[Record], memory: Sequence[Record], width: i
     for record in sorted(mine, key=lambda r: (METHODS.index(r["method"]), r["k"])):
         method, k = record["method"], record["k"]
         faster = ratio_to_vmap(records, record) if k else None
-        grown = _find(memory, method=method, width=width, k=k)
+        grown = find(memory, method=method, width=width, k=k)
         rows.append(
             [
                 method,
@@ -137,24 +116,9 @@ def memory_table(memory: Sequence[Record]) -> str:
 # ---- figures
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A number to reach. ``at_least``: larger is better; else at most."""
-
-    text: str
-    target: float
-    at_least: bool
-    measure: Callable[[Sequence[Record]], float | None]
-
-    def line(self, records: Sequence[Record]) -> Record:
-        value = self.measure(records)
-        met = None if value is None else (value >= self.target if self.at_least else value <= self.target)
-        return {"figure": self.text, "target": self.target, "at_least": self.at_least, "measured": value, "met": met}
-
-
 def _sampling(distribution: str) -> Callable[..., float | None]:
     def measure(records: Sequence[Record]) -> float | None:
-        r = _find(records, table="op", op=f"sample {distribution}", case="16 x 16384")
+        r = find(records, table="op", op=f"sample {distribution}", case="16 x 16384")
         return None if r is None else 1 / r["ratio"]
 
     return measure
@@ -162,7 +126,7 @@ def _sampling(distribution: str) -> Callable[..., float | None]:
 
 def _to_backprop(method: str, width: int, k: int) -> Callable[..., float | None]:
     def measure(records: Sequence[Record]) -> float | None:
-        r = _find(records, table="gradient", method=method, width=width, k=k)
+        r = find(records, table="gradient", method=method, width=width, k=k)
         return None if r is None else r["ratio"]
 
     return measure
@@ -170,7 +134,7 @@ def _to_backprop(method: str, width: int, k: int) -> Callable[..., float | None]
 
 def _to_vmap(method: str, width: int, k: int) -> Callable[..., float | None]:
     def measure(records: Sequence[Record]) -> float | None:
-        r = _find(records, table="gradient", method=method, width=width, k=k)
+        r = find(records, table="gradient", method=method, width=width, k=k)
         return None if r is None else ratio_to_vmap(records, r)
 
     return measure
@@ -178,7 +142,7 @@ def _to_vmap(method: str, width: int, k: int) -> Callable[..., float | None]:
 
 def _share(method: str) -> Callable[..., float | None]:
     def measure(records: Sequence[Record]) -> float | None:
-        s = _find(shares(records), method=method, width=1024)
+        s = find(shares(records), method=method, width=1024)
         return None if s is None else 100 * s["total"]
 
     return measure
@@ -196,6 +160,7 @@ FIGURES = [
     Figure("Gram + projection + combination, activity, w = 1024, k = 16: % of the step", 10, False, _share("activity")),
     Figure("the same, weight, Rademacher", 10, False, _share("weight, Rademacher")),
     Figure("the same, weight, normal", 10, False, _share("weight, normal")),
+    *report_models.FIGURES,
 ]
 
 
@@ -224,6 +189,10 @@ def markdown(machine: Record, records: Sequence[Record], memory: Sequence[Record
     ]
     for width in dict.fromkeys(r["width"] for r in records if r["table"] == "gradient"):
         parts += [f"## One gradient, w = {width}", gradient_table(records, memory, width)]
+    for model in report_models.models(records):
+        parts += [f"## {model}", report_models.model_table(records, model)]
+    if any(r["table"] == "attention" for r in records):
+        parts += ["## Attention, 8 heads of depth 64", report_models.attention_table(records)]
     if shares(records):
         parts += ["## Gram, projection and combination within a step", share_table(records)]
     if memory:

@@ -75,6 +75,52 @@ def test_report_computes_ratios_and_holds_figures_against_targets() -> None:
     assert ["missed" in lines[2], "| met" in lines[3], "not measured" in lines[4]] == [True] * 3
 
 
+def test_one_more_tangent_is_counted_in_forward_passes() -> None:
+    import report_models
+
+    def model(method: str, k: int, ratio: float) -> dict:
+        part = "derivatives" if k else ""
+        return {"table": "model", "model": "net", "method": method, "part": part, "k": k, "time": ratio, "ratio": ratio}
+
+    leaves = "activity, innermost modules"
+    records = [model("forward only", 0, 0.25), *(model(leaves, k, ratio) for k, ratio in ((1, 0.5), (4, 1.0), (16, 4.0)))]
+    assert report_models.marginal_cost(records, "net", leaves, "derivatives") == pytest.approx(1.0)
+    assert report_models.marginal_cost(records[:3], "net", leaves, "derivatives") is None
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in report_models.model_table(records, "net").splitlines()]
+    assert [row[2:] for row in rows[2:]] == [["", "250", "0.25", ""], ["1", "500", "0.50", ""], ["4", "1e+03", "1.00", ""],
+                                             ["16", "4e+03", "4.00", "1.00"]]  # fmt: skip
+
+
+def test_attention_is_held_against_the_formula() -> None:
+    import report_models
+
+    def bytes_of(name: str, length: int, grown: int) -> dict:
+        return {"table": "attention memory", "name": name, "length": length, "k": 4, "bytes": grown}
+
+    records = [
+        {"table": "attention", "length": length, "k": 4, "time": time, "against": 1.0, "ratio": time}
+        for length, time in ((512, 0.02), (2048, 0.2))
+    ]
+    records += [bytes_of("attention_jvp", 512, 10 << 20), bytes_of("attention_jvp", 2048, 50 << 20)]
+    records.append(bytes_of("unfused formula", 2048, 600 << 20))
+    lines = {f["figure"]: f for f in (figure.line(records) for figure in report_models.FIGURES)}
+    found = [line for name, line in lines.items() if name.startswith(("attention", "the same"))]
+    assert [(round(f["measured"], 6), f["met"]) for f in found] == [(5, True), (12, True), (10, True), (5, False)]
+    assert report_models.attention_table(records).splitlines()[-1].split("|")[5].strip() == "5.0"
+
+
+def test_a_wrong_gradient_of_a_model_is_noticed() -> None:
+    import cases
+    import model_cases
+
+    problem = model_cases.Problem("tiny-gpt")
+    step = problem.forward_gradient(model_cases.LEAVES, 2)
+    assert step.check() < 1e-4
+    step.fg.accumulate_ = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(cases.WrongResult, match="tiny-gpt.*relative error nan"):
+        step.check()
+
+
 def test_shares_add_up() -> None:
     import report
 
@@ -99,6 +145,7 @@ def test_floors_are_those_of_the_matrix_products() -> None:
 
 def test_the_whole_suite_runs_on_a_tiny_net(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "run.py"), "--quick", "--rounds", "1", "--no-memory"]
+    command += ["--models", "tiny-resnet18,tiny-vit,tiny-gpt", "--model-k", "1,2,3", "--lengths", "64"]
     done = subprocess.run(
         [*command, "--widths", "16", "--k", "1,2", "--output", str(tmp_path)], capture_output=True, text=True, timeout=600
     )
@@ -108,14 +155,23 @@ def test_the_whole_suite_runs_on_a_tiny_net(tmp_path: Path) -> None:
     seen = {(r["method"], r["k"]) for r in found["cases"] if r["table"] == "gradient"}
     ours = {(m, k) for m in ("weight, normal", "weight, Rademacher", "activity") for k in (1, 2)}
     assert ours | {("backprop", 0), ("forward only", 0), ("vmap(jvp)", 2), ("loop of forward_ad", 1)} <= seen
+    models = {(r["model"], r["method"], r["part"]) for r in found["cases"] if r["table"] == "model" and r["k"] in (0, 3)}
+    leaves, groups = "activity, innermost modules", "activity, groups"
+    assert {("tiny-resnet18", leaves, "gradient"), ("tiny-vit", groups, "derivatives")} <= models
+    assert {("tiny-gpt", "weight, Rademacher", "gradient"), ("tiny-gpt", "forward only", "")} <= models
+    operators = {r["op"] for r in found["cases"] if r["table"] == "op"}
+    assert {"conv2d, input perturbed", "conv2d, weight perturbed", "linear, both perturbed"} <= operators
+    assert {(r["length"], r["k"]) for r in found["cases"] if r["table"] == "attention"} == {(64, 1), (64, 4)}
     assert {f["figure"] for f in found["figures"]} and "## Operators" in text.read_text() and text.read_text() in done.stdout
     for private in (str(Path.home()), str(FOLDER), *map(str, tmp_path.parents[:2])):
         assert private not in text.read_text() + data.read_text()
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux only")
-def test_peak_memory_sees_what_a_call_allocates() -> None:
-    code = "import memory\nif __name__ == '__main__': print(memory.supported() and memory.peak_growth('vmap(jvp)', 512, 16))"
+def measured(call: str) -> int:
+    """Bytes that ``call`` of memory.py returns; skips where nothing can be measured."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is measured on Linux only")
+    code = f"import memory\nif __name__ == '__main__': print(memory.supported() and memory.{call})"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(FOLDER)!r}, {str(FOLDER.parent)!r}]\n{code}"],
         capture_output=True,
@@ -125,5 +181,13 @@ def test_peak_memory_sees_what_a_call_allocates() -> None:
     assert done.returncode == 0, done.stderr
     if done.stdout.strip() == "False":
         pytest.skip("this system cannot reset the high-water mark of a process")
+    return int(done.stdout)
+
+
+def test_peak_memory_sees_what_a_call_allocates() -> None:
     n = 784 * 512 + 512 * 512 + 512 * 10
-    assert 16 * n * 4 < int(done.stdout) < 4 * 16 * n * 4  # 16 stored tangents, and a few temporaries of that size
+    stored = 16 * n * 4
+    assert stored < measured("peak_growth('vmap(jvp)', 512, 16)") < 4 * stored  # stored tangents, and temporaries of that size
+    scores = 3 * 8 * 512 * 512 * 4  # value and two tangents
+    assert scores < measured("attention_growth('unfused formula', 512, 2)") < 8 * scores
+    assert 8 * 512 * 64 * 4 * 3 < measured("attention_growth('attention_jvp', 512, 2)") < scores

@@ -1,0 +1,144 @@
+"""Convolutions with k = 4 tangents of the input or of the weight, beside what PyTorch offers, on the shapes of a ResNet.
+
+Weight tangents also beside a matrix product of all k with the unfolded input, which the k tangents share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from conftest import Compare
+from torch import Tensor
+from torch.func import jvp, vmap
+
+import frog_cuda as frog
+from frog_cuda.dual import DualTensor, SampledTangents
+
+K, BATCH = 4, 8
+STATE = torch.tensor([3, 5])
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    channels: int
+    outputs: int
+    side: int
+    kernel: int = 3
+    stride: int = 1
+    groups: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.channels)
+        x = torch.randn(BATCH, self.channels, self.side, self.side, generator=generator)
+        w = torch.randn(self.outputs, self.channels // self.groups, self.kernel, self.kernel, generator=generator)
+        return x, w / (w[0].numel() ** 0.5)
+
+    def convolve(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(x, w, None, self.stride, self.kernel // 2, 1, self.groups)
+
+
+SHAPES = [
+    Shape("3x3, 64 channels", 64, 64, 32),
+    Shape("3x3, 128 channels", 128, 128, 16),
+    Shape("3x3, 256 channels", 256, 256, 8),
+    Shape("3x3, 512 channels", 512, 512, 4),
+    Shape("1x1, 256 to 64", 256, 64, 16, kernel=1),
+    Shape("depthwise, 128", 128, 128, 16, groups=128),
+    Shape("stride 2, 64 to 128", 64, 128, 32, stride=2),
+]
+VMAP, LOOP, UNFOLDED = "vmap(jvp)", "loop of forward_ad", "unfolded input"
+
+Result = tuple[Tensor, Tensor]
+
+
+@pytest.mark.parametrize("against_name", [VMAP, LOOP])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_input_tangents(shape: Shape, against_name: str, compare: Compare) -> None:
+    x, w = shape.make()
+    dx = torch.randn(K, *x.shape, generator=torch.Generator().manual_seed(1))
+
+    def ours() -> Result:
+        out = shape.convolve(DualTensor(x, dx), w)
+        return out.primal, out.tangents
+
+    against = _pytorch(against_name, lambda x: shape.convolve(x, w), x, lambda: dx)
+    _compare(compare, ours, against, shape, "input", against_name)
+    exact = torch.stack([shape.convolve(t.double(), w.double()) for t in dx])
+    _check(ours(), shape.convolve(x.double(), w.double()), exact)
+
+
+@pytest.mark.parametrize("against_name", [VMAP, LOOP, UNFOLDED])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_sampled_weight_tangents(shape: Shape, against_name: str, compare: Compare) -> None:
+    x, w = shape.make()
+    if against_name == UNFOLDED and shape.groups > 1:
+        pytest.skip("grouped: k small products for each group, not one")
+
+    def ours() -> Result:
+        out = shape.convolve(x, DualTensor.sampled_from(w, SampledTangents(STATE, K, 0, 0, "normal")))
+        return out.primal, out.tangents
+
+    def drawn() -> Tensor:
+        return frog.ops.sample_tangents(STATE, K, w.numel())
+
+    if against_name == UNFOLDED:
+
+        def against() -> Result:
+            y = shape.convolve(x, w)
+            columns = F.unfold(x, shape.kernel, 1, shape.kernel // 2, shape.stride)  # (B, C * kernel, L)
+            moved = drawn().view(K * shape.outputs, -1) @ columns  # (B, k * O, L)
+            return y, moved.view(BATCH, K, *y.shape[1:]).transpose(0, 1)
+
+    else:
+        against = _pytorch(
+            against_name, lambda w: shape.convolve(x, w), w, lambda: torch.randn(K, *w.shape), one=lambda: torch.randn_like(w)
+        )
+    _compare(compare, ours, against, shape, "weight", against_name)
+    exact = torch.stack([shape.convolve(x.double(), t) for t in drawn().double().view(K, *w.shape)])
+    _check(ours(), shape.convolve(x.double(), w.double()), exact)
+    if against_name == UNFOLDED:
+        _check(against(), shape.convolve(x.double(), w.double()), exact)
+
+
+def _pytorch(
+    name: str,
+    function: Callable[[Tensor], Tensor],
+    primal: Tensor,
+    tangents: Callable[[], Tensor],
+    one: Callable[[], Tensor] | None = None,
+) -> Callable[[], Result]:
+    """``one``: how the loop draws a single tangent; it takes those of ``tangents()`` in turn where they are given."""
+
+    def vectorised() -> Result:
+        with torch.no_grad():
+            values, moved = vmap(lambda t: jvp(function, (primal,), (t,)))(tangents())
+            return values[0], moved
+
+    def loop() -> Result:
+        given = iter(tangents()) if one is None else None
+        moved = []
+        with torch.no_grad(), forward_ad.dual_level():
+            for _ in range(K):
+                t = one() if one is not None else next(given)  # type: ignore[arg-type]
+                value, d = forward_ad.unpack_dual(function(forward_ad.make_dual(primal, t)))
+                moved.append(d)
+            return value, torch.stack(moved)
+
+    return vectorised if name == VMAP else loop
+
+
+def _compare(
+    compare: Compare, ours: Callable[[], Result], against: Callable[[], Result], shape: Shape, perturbed: str, name: str
+) -> None:
+    compare(ours, against, table="op", op=f"conv2d, {perturbed} perturbed", against_name=name, case=f"{shape.name}, k = {K}")
+
+
+def _check(got: Result, value: Tensor, moved: Tensor) -> None:
+    for actual, exact in zip(got, (value, moved), strict=True):
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=1e-5 * exact.abs().max().item())

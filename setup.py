@@ -2,6 +2,8 @@
 
 Environment:
     FROG_CUDA_BUILD    auto (default), cpu or cuda
+    CUDA_HOME          where nvcc is looked for; default: the nvcc on PATH
+    TORCH_CUDA_ARCH_LIST  GPU architectures, as "8.0;9.0+PTX"; default: those of DEFAULT_ARCHS that nvcc knows
     FROG_CUDA_WERROR   1: compiler warnings are errors (what `make lint` uses)
     FROG_CUDA_VERBOSE  1: show every compiler command
     MAX_JOBS           parallel compilers; default: one per 2 GiB of free memory, at most one per core
@@ -35,6 +37,9 @@ except ImportError as missing:
 ROOT = Path(__file__).parent.resolve()
 TARGET_TORCH = "0x020b000000000000"  # stable ABI of torch 2.11: the library also loads beside every later torch
 BYTES_PER_JOB = 2 << 30
+# Ampere to Blackwell; PTX of the newest is compiled by the driver for whatever comes later. An own list, because without a GPU
+# and a list in the environment cpp_extension raises an IndexError.
+DEFAULT_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 
 def check_versions(torch_version: str, setuptools_version: str) -> None:
@@ -45,14 +50,54 @@ def check_versions(torch_version: str, setuptools_version: str) -> None:
             raise SystemExit(f"frog_cuda: {name} is {version}; building needs {wanted} or later: run `{NEEDED}` first")
 
 
-def nvcc_major() -> int | None:
-    """Major version of the CUDA compiler in CUDA_HOME or on PATH; None where there is none."""
+def find_nvcc() -> str | None:
+    """The CUDA compiler in CUDA_HOME or on PATH; None where there is none."""
     home = os.environ.get("CUDA_HOME")
     nvcc = os.path.join(home, "bin", "nvcc") if home else shutil.which("nvcc")
-    if not nvcc or not os.path.exists(nvcc):
+    return nvcc if nvcc and os.path.exists(nvcc) else None
+
+
+def nvcc_major() -> int | None:
+    """Major version of the CUDA compiler; None where there is none."""
+    nvcc = find_nvcc()
+    if nvcc is None:
         return None
     found = re.search(r"release (\d+)\.", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     return int(found.group(1)) if found else None
+
+
+def cuda_home(nvcc: str) -> str:
+    """The toolkit's folder, asked of nvcc itself: what is on PATH may be a script that calls it."""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    here = re.search(r"^#\$ _HERE_=(.+)$", said.stderr + said.stdout, re.MULTILINE)
+    return os.path.dirname(here.group(1).strip() if here else os.path.dirname(os.path.realpath(nvcc)))
+
+
+def choose_archs(given: str | None, known: Iterable[str]) -> list[str]:
+    """The flags of nvcc that name the architectures.
+
+    Arguments:
+        given: as TORCH_CUDA_ARCH_LIST has it; None or empty: DEFAULT_ARCHS without those that this nvcc does not know.
+        known: lines of ``nvcc --list-gpu-arch``, as "compute_90".
+    """
+    able = {line.strip().removeprefix("compute_") for line in known}
+    flags = []
+    for entry in re.split(r"[;,\s]+", (given or DEFAULT_ARCHS).strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match is None:
+            raise SystemExit(f"frog_cuda: TORCH_CUDA_ARCH_LIST has {entry!r}; accepted are entries such as 9.0 and 9.0+PTX")
+        if match[1] + match[2] not in able:
+            if not given:
+                continue
+            names = ", ".join(sorted((f"{a[:-1]}.{a[-1]}" for a in able), key=float))
+            raise SystemExit(f"frog_cuda: TORCH_CUDA_ARCH_LIST has {entry!r}; this nvcc knows {names}")
+        number = match[1] + match[2] + match[3]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    if not flags:
+        raise SystemExit(f"frog_cuda: this nvcc knows none of {DEFAULT_ARCHS}; name its architectures in TORCH_CUDA_ARCH_LIST")
+    return flags
 
 
 def choose_build(wanted: str, cuda_sources: list[str], nvcc: int | None, torch_cuda: str | None) -> tuple[bool, str]:
@@ -165,11 +210,12 @@ class Build(cpp_extension.BuildExtension):
             raise CompileError("frog_cuda does not compile; FROG_CUDA_VERBOSE=1 shows the commands") from error
 
 
-def extensions() -> list[Extension]:
+def extensions(cuda: bool) -> list[Extension]:
+    """What is to be built: the operators on the CPU, those on CUDA where wanted, and what is no operator."""
     csrc = ROOT / "csrc"
+    fingerprint = runpy.run_path(str(ROOT / "frog_cuda" / "_sources.py"))["fingerprint"]
     sources = sorted(p.relative_to(ROOT).as_posix() for p in csrc.rglob("*.cpp") if p.relative_to(csrc).parts[0] != "cuda")
-    headers = sorted(p.relative_to(ROOT).as_posix() for p in csrc.rglob("*.h"))
-    fingerprint = runpy.run_path(str(ROOT / "frog_cuda" / "_sources.py"))["fingerprint"](csrc)
+    headers = sorted(p.relative_to(ROOT).as_posix() for p in csrc.rglob("*.h") if p.relative_to(csrc).parts[0] != "cuda")
     warnings = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("FROG_CUDA_WERROR") == "1" else [])]
     # No -march: csrc/cpu/simd chooses at run time. No contraction: every instruction set must draw the same bits.
     common = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", *warnings]
@@ -179,31 +225,73 @@ def extensions() -> list[Extension]:
     def system(paths: list[str]) -> list[str]:  # so that the warnings seen are this project's own
         return [f"-isystem{path}" for path in paths]
 
+    target = f"-DTORCH_TARGET_VERSION={TARGET_TORCH}"
     operators = Extension(
         "frog_cuda._C",
         [s for s in sources if s != "csrc/host.cpp"],
         depends=headers,
-        extra_compile_args={"cxx": [*common, f"-DTORCH_TARGET_VERSION={TARGET_TORCH}", *system(cpp_extension.include_paths())]},
+        extra_compile_args={"cxx": [*common, target, *system(cpp_extension.include_paths())]},
         # A kernel that is declared but not written is an error here, not when the library is loaded.
         extra_link_args=["-Wl,-z,defs"] if sys.platform == "linux" else [],
         library_dirs=cpp_extension.library_paths(),
         libraries=["torch_cpu", "torch"],
         language="c++",
     )
-    # After the operators: its fingerprint vouches for them.
+    built = [operators]
+    vouched = [f'-DFROG_SOURCES="{fingerprint(csrc)}"']
+    if cuda:
+        built.append(cuda_operators(target))
+        vouched.append(f'-DFROG_CUDA_SOURCES="{fingerprint(csrc, cuda=True)}"')
+    # After the operators: its fingerprints vouch for them.
     host = Extension(
         "frog_cuda._host",
         ["csrc/host.cpp"],
         depends=headers,
-        extra_compile_args={"cxx": [*common, f'-DFROG_SOURCES="{fingerprint}"', *system([pybind11.get_include()])]},
+        extra_compile_args={"cxx": [*common, *vouched, *system([pybind11.get_include()])]},
         language="c++",
     )
-    return [operators, host]
+    return [*built, host]
+
+
+def cuda_operators(target: str) -> Extension:
+    """The CUDA kernels: a library of its own, because it needs libtorch_cuda, which a CPU build of torch lacks."""
+    nvcc = find_nvcc()
+    assert nvcc is not None, "choose_build looked for it"
+    cpp_extension.CUDA_HOME = cuda_home(nvcc)
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    archs = choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), known)
+    folder = ROOT / "csrc" / "cuda"
+    strict = os.environ.get("FROG_CUDA_WERROR") == "1"
+    host_warnings = "-Wall,-Wextra" + (",-Werror" if strict else "")
+    # No fast-math: an estimate is only as good as its derivatives. Fused multiply-adds, nvcc's default, only add accuracy;
+    # where bits must equal the CPU's (drawn tangents), the kernels say so operation by operation.
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-DUSE_CUDA", target, "-Xcompiler", f"-fvisibility=hidden,{host_warnings}"]
+    includes = cpp_extension.include_paths(device_type="cuda")
+    return Extension(
+        "frog_cuda._C_cuda",
+        sorted(p.relative_to(ROOT).as_posix() for p in folder.glob("*.cu")),
+        depends=sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh")),
+        extra_compile_args={
+            "cxx": [],
+            "nvcc": [
+                *flags,
+                *(["-Werror=all-warnings"] if strict else []),
+                *archs,
+                *(x for i in includes for x in ("-isystem", i)),
+            ],
+        },
+        extra_link_args=["-Wl,-z,defs"] if sys.platform == "linux" else [],
+        library_dirs=cpp_extension.library_paths(device_type="cuda"),
+        libraries=["torch_cuda", "torch_cpu", "torch", "cudart"],
+        language="c++",
+    )
 
 
 if __name__ == "__main__":
     os.chdir(ROOT)
     check_versions(torch.__version__, setuptools.__version__)
     cuda_sources = [str(p) for p in (ROOT / "csrc" / "cuda").glob("*.cu")]
-    _, Build.decision = choose_build(os.environ.get("FROG_CUDA_BUILD", "auto"), cuda_sources, nvcc_major(), torch.version.cuda)
-    setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+    with_cuda, Build.decision = choose_build(
+        os.environ.get("FROG_CUDA_BUILD", "auto"), cuda_sources, nvcc_major(), torch.version.cuda
+    )
+    setup(ext_modules=extensions(with_cuda), cmdclass={"build_ext": Build})

@@ -22,6 +22,14 @@ const char* simd() {
   return name;
 }
 
+const char* cuda_sources() {
+#if defined(FROG_CUDA_SOURCES)
+  return FROG_CUDA_SOURCES;
+#else
+  return nullptr;
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
   info["abi"] = kAbi;
@@ -34,11 +42,7 @@ py::dict build_info() {
   info["compiler"] = std::string("g++ ") + __VERSION__;
 #endif
   info["cplusplus"] = static_cast<long>(__cplusplus);
-#if defined(FROG_WITH_CUDA)
-  info["cuda"] = true;
-#else
-  info["cuda"] = false;
-#endif
+  info["cuda"] = cuda_sources() != nullptr;
   return info;
 }
 
@@ -65,6 +69,7 @@ PYBIND11_MODULE(_host, m) {
   m.doc() = "Host-only parts of frog_cuda.";
   m.def("abi", [] { return kAbi; }, "The schema version this library was built for.");
   m.def("sources", [] { return FROG_SOURCES; }, "The fingerprint of csrc/ this library was built from.");
+  m.def("cuda_sources", &cuda_sources, "That of the CUDA kernels; None where they were not built.");
   m.def("simd", &simd, "The vector kernels that run here; raises ValueError where FROG_CUDA_SIMD names none.");
   m.def("build_info", &build_info, "What this build contains, as a dict.");
   m.def("philox", &philox, py::arg("counters"), py::arg("k0"), py::arg("k1"),

@@ -18,7 +18,9 @@ _loaded = False
 
 
 def load() -> None:
-    """Loads ``_C`` (schemas and CPU kernels); safe to call twice.
+    """Loads ``_C`` (schemas and CPU kernels) and, beside a CUDA build of torch, ``_C_cuda``; safe to call twice.
+
+    Without ``_C_cuda`` every operator raises on CUDA tensors, saying why and how to mend it.
 
     Raises:
         ImportError: a library is missing, stale, or does not load beside this torch; the message names the fix.
@@ -44,7 +46,41 @@ def load() -> None:
         raise _error(
             f"{library.name} does not load beside torch {torch.__version__}, which must be 2.11 or later ({error})"
         ) from error
+    if torch.version.cuda is not None:
+        if host.cuda_sources() is None:
+            _refuse_cuda("frog_cuda was built without CUDA kernels")
+        else:
+            _load_cuda(host.cuda_sources(), csrc)
     _loaded = True
+
+
+def _load_cuda(built_from: str, csrc: Path | None) -> None:
+    library = _find("_C_cuda")
+    if csrc is not None and built_from != fingerprint(csrc, cuda=True):
+        raise _error(f"{library.name} is stale: it was built from other sources than those now in {csrc}")
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise _error(
+            f"{library.name} does not load beside torch {torch.__version__} with CUDA {torch.version.cuda} ({error})"
+        ) from error
+
+
+_refusals: list[torch.library.Library] = []  # a registration lasts as long as its Library
+
+
+def _refuse_cuda(why: str) -> None:
+    """Gives every operator a CUDA kernel that raises; PyTorch's own message would not say what to do."""
+    library = torch.library.Library("frog_cuda", "IMPL")
+    _refusals.append(library)
+    fix = "build it with nvcc on PATH and FROG_CUDA_BUILD=cuda, which says what else is missing"
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("frog_cuda::"):
+
+            def refuse(*arguments: object, _name: str = name.removeprefix("frog_cuda::"), **named: object) -> None:
+                raise RuntimeError(f"frog_cuda.ops.{_name}: got CUDA tensors, but {why}; {fix}")
+
+            library.impl(name.removeprefix("frog_cuda::"), refuse, "CUDA")
 
 
 def _find(name: str) -> Path:

@@ -14,6 +14,7 @@ derivative it does not know. The rules live in :mod:`frog_cuda.rules`, one file 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,16 @@ def aten(*overloads: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return body
 
     return register
+
+
+def existing(owner: Any, *names: str) -> list[Any]:
+    """Those of ``owner``'s members, by dotted names, that this version of PyTorch has."""
+    found = []
+    for name in names:
+        member = functools.reduce(lambda o, part: getattr(o, part, None), name.split("."), owner)
+        if member is not None:
+            found.append(member)
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -135,6 +135,33 @@ def test_a_missing_compiler_is_named(build, monkeypatch):
         command.build_extensions()
 
 
+def gencodes(build, given, known):
+    return [flag.removeprefix("-gencode=arch=compute_") for flag in build.choose_archs(given, known)]
+
+
+def test_architectures(build):
+    known = [f"compute_{a}" for a in (75, 80, 86, 89, 90, 100, 120)]
+    default = ["80,code=sm_80", "86,code=sm_86", "89,code=sm_89", "90,code=sm_90", "100,code=sm_100", "120,code=sm_120"]
+    assert gencodes(build, None, known) == gencodes(build, "", known) == [*default, "120,code=compute_120"]
+    assert gencodes(build, None, known[:-2]) == default[:4]
+    assert gencodes(build, "9.0a 8.0+PTX", known) == ["90a,code=sm_90a", "80,code=sm_80", "80,code=compute_80"]
+    with pytest.raises(SystemExit, match="has 'Hopper'; accepted are entries such as 9.0"):
+        build.choose_archs("Hopper", known)
+    with pytest.raises(SystemExit, match=r"has '9\.1'; this nvcc knows 7\.5, 8\.0, .*, 12\.0"):
+        build.choose_archs("9.0;9.1", known)
+    with pytest.raises(SystemExit, match="knows none of .*TORCH_CUDA_ARCH_LIST"):
+        build.choose_archs(None, ["compute_60"])
+
+
+def test_toolkit_of_a_script_that_calls_nvcc(build, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho '#$ _HERE_=/opt/toolkit/bin' >&2\n")
+    nvcc.chmod(0o755)
+    assert build.cuda_home(str(nvcc)) == "/opt/toolkit"
+    nvcc.write_text("#!/bin/sh\n")
+    assert build.cuda_home(str(nvcc)) == str(tmp_path.parent)
+
+
 def test_output_keeps_what_compilers_say(build):
     said = ["a.cpp:1:1: warning: unused\n", "FAILED: [code=1] b.o\n", "b.cpp:2:2: error: no\n", "ninja: build stopped.\n"]
     ninja = ["[1/2] c++ -c a.cpp\n", said[0], "[2/2] c++ -c b.cpp\n", said[1], "c++ -c b.cpp\n", said[2], said[3]]
@@ -144,18 +171,31 @@ def test_output_keeps_what_compilers_say(build):
 
 def test_flags_suit_every_machine(build, monkeypatch):
     monkeypatch.delenv("FROG_CUDA_WERROR", raising=False)
-    for extension in build.extensions():
+    for extension in build.extensions(cuda=False):
         flags = extension.extra_compile_args["cxx"]
         assert not [flag for flag in flags if flag.startswith(("-march", "-mtune", "-mavx", "-ffast-math", "-Ofast"))]
         assert "-Wall" in flags and "-Werror" not in flags
     monkeypatch.setenv("FROG_CUDA_WERROR", "1")
-    assert all("-Werror" in extension.extra_compile_args["cxx"] for extension in build.extensions())
+    assert all("-Werror" in extension.extra_compile_args["cxx"] for extension in build.extensions(cuda=False))
 
 
 def test_every_source_is_compiled_once(build):
-    compiled = [source for extension in build.extensions() for source in extension.sources]
+    compiled = [source for extension in build.extensions(cuda=False) for source in extension.sources]
     on_disk = [p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp") if "cuda" not in p.parts]
     assert sorted(compiled) == sorted(on_disk)
+
+
+def test_every_cuda_source_is_compiled_once(build, monkeypatch):
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(build, "cuda_home", lambda nvcc: "/opt/toolkit")
+    monkeypatch.setattr(build.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, "compute_80\ncompute_90\n"))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    extensions = {e.name: e for e in build.extensions(cuda=True)}
+    library = extensions["frog_cuda._C_cuda"]
+    assert sorted(library.sources) == sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    flags = library.extra_compile_args["nvcc"]
+    assert "-gencode=arch=compute_90,code=sm_90" in flags and not [f for f in flags if "fast" in f]
+    assert any("FROG_CUDA_SOURCES" in flag for flag in extensions["frog_cuda._host"].extra_compile_args["cxx"])
 
 
 # --- loader

@@ -1,7 +1,7 @@
 // Coefficients of the orthogonal projection P_U = V (V^T V)^-1 V^T g (Flügel et al., section 3.4) by pivoted Cholesky.
 #include <cmath>
 
-#include "../checks.h"
+#include "../arguments/projection.h"
 #include "pool.h"
 
 namespace frog {
@@ -74,15 +74,7 @@ std::tuple<Tensor, Tensor> cholesky_project(const Tensor& gram, const Tensor& de
   const char* op = "cholesky_project";
   check_cpu(op, "gram", gram);
   check_cpu(op, "derivatives", derivatives);
-  check_floating(op, "gram", gram);
-  check_floating(op, "derivatives", derivatives);
-  STD_TORCH_CHECK((gram.dim() == 2 || gram.dim() == 3) && gram.size(-1) == gram.size(-2) && gram.size(-1) >= 1, op,
-                  ": gram has shape ", shape_string(gram), ", expected (k, k) or (b, k, k) with k >= 1");
-  STD_TORCH_CHECK(derivatives.dim() == gram.dim() && derivatives.size(-2) == gram.size(-1) &&
-                      (gram.dim() == 2 || derivatives.size(0) == gram.size(0)),
-                  op, ": derivatives has shape ", shape_string(derivatives),
-                  ", expected (k, r) or (b, k, r) to match gram ", shape_string(gram));
-  STD_TORCH_CHECK(rtol >= 0 && rtol < 1, op, ": rtol is ", rtol, ", expected a number in [0, 1)");
+  check_projection(op, gram, derivatives, rtol);
   const bool batched = gram.dim() == 3;
   const int64_t b = batched ? gram.size(0) : 1, k = gram.size(-1), r = derivatives.size(-1);
   // a copy: it becomes the factor

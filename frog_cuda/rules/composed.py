@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dual import aten, primal_of, rule, tangents_of
+from ..dual import aten, existing, primal_of, rule, tangents_of
 from .helpers import common_k, low_dtype, parts, wrap
 
 _aten = torch.ops.aten
@@ -31,7 +31,7 @@ def pdist(func: Any, x: Any, p: float = 2.0) -> Any:
     return wrap(func(primal_of(x), p), moved, low_dtype(x))
 
 
-@aten(_aten.cholesky.default)
+@aten(*existing(_aten, "cholesky.default"))  # gone in torch 2.14
 def cholesky(func: Any, x: Any, upper: bool = False) -> Any:
     return torch.linalg.cholesky(x, upper=upper)
 
@@ -51,7 +51,7 @@ def native_dropout_backward(func: Any, grad_output: Any, mask: Tensor, scale: fl
     return grad_output * (mask * scale)
 
 
-@rule(F.linear_cross_entropy)
+@rule(*existing(F, "linear_cross_entropy"))
 def linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
     """``options`` trade time for the memory of the logits; their operator has no forward mode, so the logits are stored."""
     return NotImplemented if options is None else F.linear_cross_entropy(*args, **kwargs)

@@ -10,6 +10,8 @@ namespace frog {
 
 constexpr int kProjectionThreads = 256;
 constexpr int64_t kSharedProjection = 128;
+/// Scales, order and solutions lie in shared memory for any k: 84 bytes a tangent.
+constexpr int64_t kMostProjected = 2048;
 /// Right-hand sides of one block, from which on each thread solves one; fewer are solved by a warp each.
 constexpr int64_t kManySides = kWarp;
 

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_on_cpu"
 FLAGS = (
-    "-std=c++17 -O1 -g1 -shared -fPIC -Wall -Wextra -Werror -ffp-contract=off -fvisibility=hidden "
+    "-std=c++17 -O1 -g1 -shared -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -fvisibility=hidden "
     "-fsanitize=address,undefined -fno-sanitize-recover=all"
 ).split()
 

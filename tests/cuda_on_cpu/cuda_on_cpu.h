@@ -172,6 +172,8 @@ inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+inline double normcdf(double x) { return 0.5 * std::erfc(x * -0.70710678118654752440); }
+inline float normcdf(float x) { return static_cast<float>(normcdf(static_cast<double>(x))); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;

@@ -1,0 +1,45 @@
+"""Tensor-core steps on the host: fragments against a matrix product, sums that are cut off, matrices from shared memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_on_cpu.client import Kernels, Out
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    kernels = Kernels("mma")
+    yield kernels
+    kernels.close()
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("seed", range(3))
+def test_step_is_a_matrix_product(kernels, name, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b, c = (torch.randn(shape, generator=generator) for shape in ((16, 16), (8, 16), (16, 8)))
+    a, b = a.to(TYPES[name]), b.to(TYPES[name])
+    (out,) = kernels.run(f"step_{name}", a, b, c, Out((16, 8)), seed=seed)
+    exact = c.double() + a.double() @ b.double().T
+    last_bit = torch.finfo(torch.float32).eps * exact.abs()
+    assert ((out.double() - exact).abs() <= last_bit).all()
+    assert (out.double().abs() <= exact.abs()).all(), "sums are cut off, not rounded"
+    assert (out.double() != exact).any()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_values_that_are_not_finite_stay_in_their_row(kernels, name):
+    a, b, c = torch.ones(16, 16), torch.ones(8, 16), torch.zeros(16, 8)
+    a[3, 5], a[11, 0] = float("nan"), float("-inf")
+    (out,) = kernels.run(f"step_{name}", a.to(TYPES[name]), b.to(TYPES[name]), c, Out((16, 8)))
+    assert out[3].isnan().all() and (out[11] == -torch.inf).all()
+    assert (out[[i for i in range(16) if i not in (3, 11)]] == 16).all()
+
+
+def test_matrices_from_shared_memory(kernels):
+    matrices = torch.arange(256, dtype=torch.int16).view(4, 8, 8)
+    (out,) = kernels.run("matrices", matrices, Out((8, 4, 4, 2), torch.int16))  # [g, t, matrix, element]
+    assert torch.equal(out, matrices.view(4, 8, 4, 2).permute(1, 2, 0, 3))

@@ -2,8 +2,9 @@
 # make test     set up where needed, then run every test            ARGS="-k gram" chooses
 # make lint     ruff, clang-format, mypy, and csrc/ compiled with warnings as errors
 # make build    the compiled libraries, in place
+# make test-cuda-build   the CUDA kernels compiled (needs nvcc, no GPU), and every test beside a CUDA build of torch
 # make bench    benchmarks, as a table with ratios
-# make clean    all that was built; .venv stays
+# make clean    all that was built; .venv and .venv-cuda stay
 #
 # PYTHON=python3.12 make demo   chooses the interpreter that .venv is made with
 CHOSEN := $(PYTHON)
@@ -23,7 +24,12 @@ BUILT := build/.built
 STRICT := build/lint/.built
 endif
 
-.PHONY: help build demo test bench lint clean python
+# A second environment and a copy of the sources, because the two builds of torch need libraries of their own.
+CUDA_VENV := .venv-cuda
+CUDA_READY := $(CUDA_VENV)/.requirements-installed
+CUDA_TREE := build/cuda/tree
+
+.PHONY: help build demo test test-cuda-build bench lint clean python
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -67,6 +73,21 @@ demo: $(BUILT)
 
 test: $(BUILT)
 	@$(PY) -m pytest -q $(ARGS)
+
+$(CUDA_READY): requirements.txt requirements-cuda.txt
+	@$(CUDA_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(CUDA_VENV)
+	@echo "frog_cuda: installing requirements-cuda.txt into $(CUDA_VENV) (gigabytes the first time)"
+	@mkdir -p build/cuda && grep -v '^torch==' requirements.txt >build/cuda/requirements.txt
+	@$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-cuda.txt -r build/cuda/requirements.txt
+	@touch $@
+
+# Objects of the last build stay in the tree; what has gone from the sources goes there too.
+test-cuda-build: $(CUDA_READY)
+	@mkdir -p $(CUDA_TREE) && find $(CUDA_TREE) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	@tar -cf - --exclude=./.git --exclude='./.venv*' --exclude=./build --exclude='*.so' --exclude=__pycache__ . | tar -xf - -C $(CUDA_TREE)
+	@cd $(CUDA_TREE) && export FROG_CUDA_BUILD=cuda TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" && \
+	    $(CURDIR)/$(CUDA_VENV)/bin/python setup.py --quiet build_ext --inplace
+	@cd $(CUDA_TREE) && $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest -q $(ARGS)
 
 bench: $(BUILT)
 	@$(PY) benchmarks/run.py $(ARGS)

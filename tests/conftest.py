@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``cuda`` run where there is a GPU and frog_cuda has kernels for it."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if item.get_closest_marker("cuda") is not None:
+            item.add_marker(skip)
+
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How many operators of PyTorch's database (tests/test_op_db.py) were compared, and equal."""

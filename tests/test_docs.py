@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = [
     "frog_cuda",
-    *(m.name for m in pkgutil.walk_packages(frog_cuda.__path__, "frog_cuda.") if not m.name.endswith("._C")),
+    *(m.name for m in pkgutil.walk_packages(frog_cuda.__path__, "frog_cuda.") if not m.name.endswith(("._C", "._C_cuda"))),
 ]
 
 

@@ -1,0 +1,78 @@
+"""scripts/gpu_check.sh and benchmarks/gpu.py, as far as they can be run without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+
+# Stands for the interpreter with torch: writes down what it is asked for; what $FAIL names fails.
+_PYTHON = """#!/bin/sh
+case "$*" in
+"-c import torch"*) echo 9.0; exit ;;
+"setup.py"*) what="build $TORCH_CUDA_ARCH_LIST $FROG_CUDA_BUILD" ;;
+"-m pytest"*) what=test ;;
+"benchmarks/gpu.py"*) what=bench ;;
+esac
+echo "$what" >>"$LOG"
+case "$what" in "$FAIL"*) exit 3 ;; esac
+"""
+
+
+def check(folder: Path, *arguments: str, fail: str = "nothing") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    for name, text in (
+        ("python", _PYTHON),
+        ("compute-sanitizer", '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift 2; done\n"$@"\n'),
+    ):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    log = folder / "log"
+    log.write_text("")
+    environment = os.environ | {"PYTHON": str(folder / "python"), "OUT": str(folder / "out"), "LOG": str(log), "FAIL": fail}
+    environment["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run([str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
+    return run, log.read_text().splitlines()
+
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def test_all_stages(tmp_path):
+    run, did = check(tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert did == ["build 9.0 cuda", "test", "test", "test", "bench"]
+    stages = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
+    assert {name: s["status"] for name, s in stages.items()} == dict.fromkeys(["build", "test", "sanitize", "bench"], "passed")
+    assert [line.split()[0] for line in run.stdout.splitlines()[-5:]] == ["stage", "build", "test", "sanitize", "bench"]
+
+
+@pytest.mark.parametrize("stage", ["build", "test", "bench"])
+def test_no_stage_hides_the_failure_of_another(tmp_path, stage):
+    run, did = check(tmp_path, "--only", "build,test,bench", fail=stage)
+    assert run.returncode == 1 and len(did) == 3
+    stages = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
+    assert [name for name, s in stages.items() if s["status"] == "failed"] == [stage]
+
+
+def test_unknown_arguments_are_named(tmp_path):
+    run, did = check(tmp_path, "--only", "build,tset")
+    assert run.returncode == 2 and not did and "unknown stage tset; accepted are build, test, sanitize, bench" in run.stderr
+    assert check(tmp_path, "--quick")[0].returncode == 2
+
+
+def test_the_benchmark_runs(tmp_path):
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    assert all(row["seconds"] > 0 for kind in ("operators", "gradients") for row in result[kind])
+    assert {row["method"] for row in result["gradients"]} == {"backprop", "activity", "weight", "vmap(jvp)"}
+    assert "attention k=4" in run.stdout

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._deferred import deferring, require
 from .aggregate import Aggregate, Custom, Orthogonal, scaling_correction
 from .dual import DualTensor, primal_of
 from .tangents import TangentSet
@@ -151,6 +152,8 @@ def check_loss(loss: Any, name: str) -> None:
 
 
 def _check_finite(what: str, values: Tensor) -> None:
-    if not math.isfinite(values.sum().item()) and not bool(values.isfinite().all()):
+    if deferring():
+        require(values.isfinite().all(), lambda: FloatingPointError(f"{what}: not all of {values.numel()} values are finite"))
+    elif not math.isfinite(values.sum().item()) and not bool(values.isfinite().all()):
         bad = values[~values.isfinite()]
         raise FloatingPointError(f"{what}: {bad.numel()} of {values.numel()} values are not finite (first: {bad[0].item()})")

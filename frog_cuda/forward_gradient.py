@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import aggregate as aggregations
+from . import cuda_graph as graphs
 from . import tangents as distributions
 from ._checks import check_count, check_seed, check_step, flat
 from .activity import ActivityPerturbation
@@ -20,7 +21,7 @@ from .dual import DualTensor
 from .estimate import Estimate, check_loss, read_loss, solve
 from .layers import activity_groups, select
 from .tangents import Piece, TangentSet
-from .weight import Inputs, WeightPerturbation
+from .weight import Inputs, WeightPerturbation, inputs_of
 
 __all__ = ["ForwardGradient", "forward_gradient"]
 
@@ -56,6 +57,9 @@ class ForwardGradient:
         scaling_correction: scale the estimate to the expected length of the gradient, see
             :func:`frog_cuda.aggregate.scaling_correction`.
         seed: 64-bit integer. Tangents are a pure function of seed, step, tangent and element.
+        cuda_graph: on a GPU, capture a whole call as a CUDA graph, one for each shape of input and target, and replay it from
+            the third call with a shape on; ``.grad`` and ``last`` are then overwritten in place. Model and loss must not read
+            values from the device.
     Attributes:
         step: number of calls so far; draws the next tangents.
         last: :class:`frog_cuda.estimate.Estimate` of the latest call, or None.
@@ -85,6 +89,7 @@ class ForwardGradient:
         chunk_size: int | None = None,
         scaling_correction: bool = False,
         seed: int = 0,
+        cuda_graph: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
@@ -110,6 +115,10 @@ class ForwardGradient:
             raise ValueError(f"perturb is {perturb!r}; accepted are 'activity' and 'weight'")
         self._tangents: TangentSet | None = None
         self._inputs: Inputs = ((), {})
+        self._graphs: graphs.GraphedSteps | None = None
+        if cuda_graph:
+            graphs.check(self.distribution, self._method.device, self.k, self.chunk_size)
+            self._graphs = graphs.GraphedSteps(self)
 
     def __call__(self, input: Any, target: Any) -> Tensor:
         """Adds the gradient estimate to ``.grad`` and returns the mean loss, 0-dim and detached.
@@ -123,6 +132,11 @@ class ForwardGradient:
             NotImplementedError: neither a rule nor PyTorch's forward mode knows an operation; names it and the module that
                 called it.
         """
+        if self._graphs is not None:
+            check_step(self.step)
+            graphed = self._graphs(input, target)
+            if graphed is not None:
+                return graphed
         loss = self.derivatives(input, target)
         self.accumulate_()
         return loss
@@ -130,10 +144,16 @@ class ForwardGradient:
     def derivatives(self, input: Any, target: Any) -> Tensor:
         """The forward pass alone: fills ``last`` and counts the step, but touches no ``.grad``. Same arguments and errors as a
         call; :meth:`accumulate_` or :meth:`update_` go on from there."""
-        inputs = _arguments(input)
+        inputs = inputs_of(input)
         check_step(self.step)
         tangents = self.tangent_set(inputs)
-        estimate = self._method.derivatives(
+        estimate = self._estimate(tangents, inputs, target)
+        self._took(tangents, inputs, estimate)
+        return estimate.loss
+
+    def _estimate(self, tangents: TangentSet, inputs: Inputs, target: Any) -> Estimate:
+        """One forward pass along ``tangents``, and the projection; changes nothing of this object's."""
+        return self._method.derivatives(
             tangents,
             self.aggregate,
             self.loss_fn,
@@ -143,9 +163,11 @@ class ForwardGradient:
             correct_length=self.scaling_correction,
             tangent_dtype=self.tangent_dtype,
         )
+
+    def _took(self, tangents: TangentSet, inputs: Inputs, estimate: Estimate) -> None:
+        """Makes ``estimate`` the latest and counts the step."""
         self._tangents, self._inputs, self.last = tangents, inputs, estimate
         self.step += 1
-        return estimate.loss
 
     def tangent_set(self, inputs: Inputs) -> TangentSet:
         """The tangents of the present step."""
@@ -160,9 +182,13 @@ class ForwardGradient:
             RuntimeError: there was no call yet.
         """
         estimate, tangents = self._latest("gradients")
+        return self._gradients_of(tangents, estimate, self._inputs)
+
+    def _gradients_of(self, tangents: TangentSet, estimate: Estimate, inputs: Inputs) -> dict[str, Tensor]:
+        """What :meth:`gradients` returns, of an estimate that was just made."""
         with torch.no_grad():
             if isinstance(self._method, ActivityPerturbation):
-                return dict(self._method.gradients(tangents, estimate, self._inputs))
+                return dict(self._method.gradients(tangents, estimate, inputs))
             return dict(self._method.gradients(tangents, estimate))
 
     def accumulate_(self) -> None:
@@ -285,14 +311,6 @@ def _backprop(fn: Callable[[Tensor], Any], x: Tensor, base: Tensor) -> tuple[Ten
             raise ValueError("fn: the result does not depend on anything that is perturbed")
         (gradient,) = torch.autograd.grad(value, leaf)
     return value.detach(), flat(base) @ gradient.flatten()
-
-
-def _arguments(input: Any) -> Inputs:
-    if isinstance(input, tuple):
-        return input, {}
-    if isinstance(input, dict):
-        return (), input
-    return (input,), {}
 
 
 def _check_correction(how: Any, distribution: distributions.Distribution) -> None:

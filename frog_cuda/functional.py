@@ -12,6 +12,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ._deferred import deferring
 from .dual import DualTensor
 
 __all__ = ["jvp"]
@@ -155,17 +156,23 @@ class RandomNumbers:
     def __init__(self, leaves: Iterable[Any]) -> None:
         devices = {leaf.device.index for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
         self._generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
-        self._states = [g.get_state() for g in self._generators]
+        # Inside a CUDA graph no state can be read; steps that need none can be captured.
+        self._states = None if deferring() else [g.get_state() for g in self._generators]
 
     def rewind(self) -> None:
         """Puts them back, so that the next pass draws what the first one drew."""
+        if self._states is None:
+            raise NotImplementedError(
+                "cuda_graph: a layer without a closed-form gradient runs a second time with the same random numbers, which a "
+                "graph cannot do; perturb innermost layers (layers=None), or use cuda_graph=False"
+            )
         for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside, the numbers drawn since; afterwards, the generators stand where they stood before."""
-        later = [g.get_state() for g in self._generators]
+        later = [] if self._states is None else [g.get_state() for g in self._generators]
         self.rewind()
         try:
             yield

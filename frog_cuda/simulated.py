@@ -12,10 +12,10 @@ from torch.func import functional_call
 from ._checks import flat
 from .activity import ActivityPerturbation, Segment
 from .estimate import Estimate, solve
-from .forward_gradient import ForwardGradient, _arguments
+from .forward_gradient import ForwardGradient
 from .functional import RandomNumbers
 from .tangents import TangentSet
-from .weight import Inputs, WeightPerturbation, copied_buffers
+from .weight import Inputs, WeightPerturbation, copied_buffers, inputs_of
 
 __all__ = ["Simulated", "simulate"]
 
@@ -56,7 +56,7 @@ def simulate(fg: ForwardGradient, input: Any, target: Any) -> Simulated:
     Returns:
         :class:`Simulated`.
     """
-    inputs, method = _arguments(input), fg._method
+    inputs, method = inputs_of(input), fg._method
     with RandomNumbers(method.parameters.values()).replayed():
         tangents = fg.tangent_set(inputs)
     with RandomNumbers(method.parameters.values()).replayed():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import ops
 from ._checks import check_count, check_seed, check_step, flat, is_real
+from ._deferred import require
 
 __all__ = [
     "Cone",
@@ -123,8 +124,8 @@ class Orthonormal(_Unit):
 
     def mixing(self, gram: Tensor, seed: int, step: int) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(gram)
-        if bool(failed.any()):
-            raise FloatingPointError("tangents: the normal draws are linearly dependent and have no orthonormal basis")
+        what = "tangents: the normal draws are linearly dependent and have no orthonormal basis"
+        require(~failed.any(), lambda: FloatingPointError(what))
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         return torch.linalg.solve_triangular(factor, eye, upper=False).mT.contiguous()
 

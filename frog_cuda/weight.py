@@ -135,6 +135,15 @@ class WeightPerturbation:
             torch.autograd.graph.increment_version(p)
 
 
+def inputs_of(input: Any) -> Inputs:
+    """Positional and keyword arguments of a model, from what a call was given."""
+    if isinstance(input, tuple):
+        return input, {}
+    if isinstance(input, dict):
+        return (), input
+    return (input,), {}
+
+
 def copied_buffers(model: nn.Module) -> dict[str, Any]:
     """Stand-ins for the buffers in a pass that must not move running statistics."""
     return {name: b.clone() for name, b in model.named_buffers()}

@@ -71,19 +71,23 @@ FROG_HD float round_sqrt(float x) {
 
 // One Box-Muller pair from one word.
 FROG_HD void normal_pair(uint32_t word, float* first, float* second) {
+  // device code has constants of its own, not the arrays above
+  constexpr float log_p[7] = {kLogP[0], kLogP[1], kLogP[2], kLogP[3], kLogP[4], kLogP[5], kLogP[6]};
+  constexpr float sin_p[4] = {kSinP[0], kSinP[1], kSinP[2], kSinP[3]};
+  constexpr float cos_p[5] = {kCosP[0], kCosP[1], kCosP[2], kCosP[3], kCosP[4]};
   const uint32_t bits = float_bits(static_cast<float>((word >> 8) | 1u));  // exact: at most 24 bits
   const float octaves = static_cast<float>(150 - static_cast<int>(bits >> 23));
   const float t = 2.0f - bits_float((bits & 0x007FFFFFu) | 0x3F800000u);
-  float p = kLogP[6];
-  for (int j = 5; j >= 0; --j) p = fused(p, t, kLogP[j]);
+  float p = log_p[6];
+  for (int j = 5; j >= 0; --j) p = fused(p, t, log_p[j]);
   const float radius = round_sqrt(fused(t, p, octaves * kTwoLn2));
   // 2^23 + (the odd number of bits 1..15) as a float, then mapped to (-1, 1)
   const float x = fused(bits_float((word & 0x0000FFFFu) | 0x4B000001u), 1.0f / 32768.0f, -257.0f);
   const float z = x * x;
-  float s = kSinP[3];
-  for (int j = 2; j >= 0; --j) s = fused(s, z, kSinP[j]);
-  float c = kCosP[4];
-  for (int j = 3; j >= 0; --j) c = fused(c, z, kCosP[j]);
+  float s = sin_p[3];
+  for (int j = 2; j >= 0; --j) s = fused(s, z, sin_p[j]);
+  float c = cos_p[4];
+  for (int j = 3; j >= 0; --j) c = fused(c, z, cos_p[j]);
   *first = bits_float(float_bits(radius * c) ^ (word << 31));
   *second = (radius * x) * s;
 }

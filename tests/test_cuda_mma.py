@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_on_cpu.client import Kernels, Out
+from helpers import assert_close64
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,6 +38,22 @@ def test_values_that_are_not_finite_stay_in_their_row(kernels, name):
     (out,) = kernels.run(f"step_{name}", a.to(TYPES[name]), b.to(TYPES[name]), c, Out((16, 8)))
     assert out[3].isnan().all() and (out[11] == -torch.inf).all()
     assert (out[[i for i in range(16) if i not in (3, 11)]] == 16).all()
+
+
+def test_float64_step_is_a_matrix_product(kernels):
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((8, 4), (8, 4), (8, 8)))
+    (out,) = kernels.run("step_double", a, b, c, Out((8, 8), torch.float64))
+    assert_close64(out, c + a @ b.T, 1e-15)
+
+
+def test_bit_step_counts_shared_bits(kernels):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-(2**31), 2**31, (8, 4), generator=generator).int() for _ in range(2))
+    c = torch.arange(64, dtype=torch.int32).view(8, 8)
+    (out,) = kernels.run("step_bits", a, b, c, Out((8, 8), torch.int32))
+    bits = [(((w[..., None] >> torch.arange(32)) & 1).flatten(1)).double() for w in (a, b)]
+    assert torch.equal(out, c + (bits[0] @ bits[1].T).int())
 
 
 def test_matrices_from_shared_memory(kernels):

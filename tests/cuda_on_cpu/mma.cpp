@@ -24,6 +24,22 @@ __global__ void one_step(const E* a, const E* b, const float* c, float* out) {
   for (int j = 0; j < 4; ++j) out[at[j]] = d[j];
 }
 
+// a [8, 4], b [8, 4] (a row for each column of the product), c [8, 8] -> c + a b^T
+__global__ void one_double_step(const double* a, const double* b, const double* c, double* out) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  double d[2] = {c[g * 8 + 2 * t], c[g * 8 + 2 * t + 1]};
+  mma_m8n8k4(d, a[g * 4 + t], b[g * 4 + t]);
+  for (int j = 0; j < 2; ++j) out[g * 8 + 2 * t + j] = d[j];
+}
+
+// a [8, 4], b [8, 4] words, c [8, 8] -> c + number of bits that a row of a shares with a row of b
+__global__ void one_bit_step(const uint32_t* a, const uint32_t* b, const int* c, int* out) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  int d[2] = {c[g * 8 + 2 * t], c[g * 8 + 2 * t + 1]};
+  mma_m8n8k128(d, a[g * 4 + t], b[g * 4 + t]);
+  for (int j = 0; j < 2; ++j) out[g * 8 + 2 * t + j] = d[j];
+}
+
 // from [4, 8, 8] in shared memory -> what each lane receives, [32, 4, 2]
 __global__ void read_matrices(const uint16_t* from, uint16_t* out) {
   FROG_SHARED(uint16_t, shared);
@@ -44,6 +60,12 @@ EXPORTED(step_bf16)(const bf16* a, const bf16* b, const float* c, float* out) {
 }
 EXPORTED(step_fp16)(const fp16* a, const fp16* b, const float* c, float* out) {
   launch(one_step<fp16>, dim3(1), dim3(kWarp), 0, nullptr, a, b, c, out);
+}
+EXPORTED(step_double)(const double* a, const double* b, const double* c, double* out) {
+  launch(one_double_step, dim3(1), dim3(kWarp), 0, nullptr, a, b, c, out);
+}
+EXPORTED(step_bits)(const uint32_t* a, const uint32_t* b, const int* c, int* out) {
+  launch(one_bit_step, dim3(1), dim3(kWarp), 0, nullptr, a, b, c, out);
 }
 EXPORTED(matrices)(const uint16_t* from, uint16_t* out) {
   launch(read_matrices, dim3(1), dim3(kWarp), 256 * sizeof(uint16_t), nullptr, from, out);

@@ -8,7 +8,11 @@
 //   b[0]  column g,   k 2t and 2t + 1      b[1]  column g,   k 2t + 8 and 2t + 9
 //   d[0], d[1]  row g, columns 2t and 2t + 1;  d[2], d[3]  row g + 8
 //
-// Products are exact; a sum is not rounded to nearest but cut off, on current GPUs at float32's last bit or slightly
+// Fragments of m8n8k4, float64, and of m8n8k128, bits, D [8, 8] += A [8, k] B [k, 8]:
+//   a  row g,  k t, or bits k 32t .. 32t + 31      b  column g, the same k      d[0], d[1]  row g, columns 2t and 2t + 1
+// so that for B = A^T a lane's a and b are the same.
+//
+// Products of 16-bit elements are exact; a sum of them is not rounded to nearest but cut off, on current GPUs at float32's last bit or slightly
 // below it. Long float32 sums drift towards zero by that, so whoever needs float32 accuracy adds up short sums
 // elsewhere. The host cuts off as well.
 #pragma once
@@ -37,6 +41,21 @@ __device__ __forceinline__ void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t
       "{%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/// d += a b in float64.
+__device__ __forceinline__ void mma_m8n8k4(double (&d)[2], double a, double b) {
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};\n"
+               : "+d"(d[0]), "+d"(d[1])
+               : "d"(a), "d"(b));
+}
+
+/// d += the number of bits that are set in both. One instruction on compute capabilities 8.x and 9.0; later ones have
+/// none, and ptxas writes four products of bytes instead.
+__device__ __forceinline__ void mma_m8n8k128(int (&d)[2], uint32_t a, uint32_t b) {
+  asm volatile("mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32.and.popc {%0, %1}, {%2}, {%3}, {%0, %1};\n"
+               : "+r"(d[0]), "+r"(d[1])
+               : "r"(a), "r"(b));
 }
 
 /// Four 8 x 8 matrices of 16-bit elements from shared memory. Lane l gives the address of row l % 8 of matrix l / 8, 16
@@ -70,6 +89,34 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     d[j] = static_cast<float>(sum);
     if (std::fabs(double{d[j]}) > std::fabs(sum) && std::isfinite(sum)) d[j] = std::nextafter(d[j], 0.0f);
   }
+}
+
+namespace detail {
+/// Calls step(h, a, b) for the two entries of d and k = 0, 1, 2, 3, with what the lanes of row and column hold.
+template <class E, class Step>
+void for_each_product(E a, E b, const char* what, int line, const Step& step) {
+  struct Pair {
+    E a, b;
+  };
+  const Pair own = {a, b};
+  const unsigned char* slots = cuda_on_cpu::exchange(kFullWarp, &own, sizeof(own), what, line);
+  const int lane = static_cast<int>(cuda_on_cpu::lane()), g = lane / 4, t = lane % 4;
+  for (int h = 0; h < 2; ++h) {
+    for (int k = 0; k < 4; ++k) {
+      step(h, cuda_on_cpu::from_lane<Pair>(slots, 4 * g + k).a,
+           cuda_on_cpu::from_lane<Pair>(slots, 4 * (2 * t + h) + k).b);
+    }
+  }
+}
+}  // namespace detail
+
+inline void mma_m8n8k4(double (&d)[2], double a, double b, int line = __builtin_LINE()) {
+  detail::for_each_product(a, b, "mma_m8n8k4", line, [&](int h, double x, double y) { d[h] = std::fma(x, y, d[h]); });
+}
+
+inline void mma_m8n8k128(int (&d)[2], uint32_t a, uint32_t b, int line = __builtin_LINE()) {
+  detail::for_each_product(a, b, "mma_m8n8k128", line,
+                           [&](int h, uint32_t x, uint32_t y) { d[h] += __popc(x & y); });
 }
 
 inline void load_matrices(uint32_t (&out)[4], const void* row, int line = __builtin_LINE()) {

@@ -95,6 +95,8 @@ def sample_tangents(
 
     Arguments:
         state: int64 ``(2,)`` holding ``[seed, step]``; for ``"standard_basis"`` the coordinates, int64 ``(>= first + k,)``.
+            On a GPU the kernel reads it, without waiting: what the CPU refuses, a step outside ``[0, 2^32)`` or a negative
+            coordinate, gives NaN there, in this operator and in all others that draw.
         distribution: ``"normal"``, ``"rademacher"`` or ``"standard_basis"``.
         dtype: floating dtype of the result; values are drawn in float32 and rounded.
     Returns:

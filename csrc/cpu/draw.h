@@ -7,8 +7,7 @@
 
 #include <algorithm>
 
-#include "../checks.h"
-#include "../distributions.h"
+#include "../arguments/tangents.h"
 #include "pool.h"
 #include "simd/kernels.h"
 
@@ -20,39 +19,18 @@ using torch::headeronly::Half;
 /// Checks the arguments that say which tangents are meant. `state` must outlive the result.
 inline DrawSpec draw_spec(const char* op, const Tensor& state, int64_t k, int64_t first, int64_t distribution) {
   simd();  // chosen before any parallel loop: from inside one, the message about a wrong choice would be lost
-  check_k(op, k);
   check_cpu(op, "state", state);
-  check_dtype(op, "state", state, ScalarType::Long);
-  STD_TORCH_CHECK(state.dim() == 1 && state.is_contiguous(), op, ": state has shape ", shape_string(state),
-                  ", expected a contiguous vector [seed, step]");
-  STD_TORCH_CHECK(first >= 0 && first <= (int64_t{1} << 32) - k, op, ": first is ", first, " with k = ", k,
-                  "; tangent indices must lie in [0, 2^32)");
+  check_draw(op, state, k, first, distribution);
   const int64_t* values = static_cast<const int64_t*>(state.const_data_ptr());
   if (distribution == kStandardBasis) {
-    STD_TORCH_CHECK(state.size(0) >= first + k, op, ": state holds ", state.size(0),
-                    " coordinates, but tangents up to ", first + k, " are asked for");
     for (int64_t i = first; i < first + k; ++i) {
       STD_TORCH_CHECK(values[i] >= 0, op, ": coordinate ", i, " is ", values[i], "; it must not be negative");
     }
     return {distribution, 0, 0, first, values};
   }
-  STD_TORCH_CHECK(distribution == kNormal || distribution == kRademacher, op, ": distribution is ", distribution,
-                  "; accepted are 0 (normal), 1 (Rademacher) and 2 (standard basis)");
-  STD_TORCH_CHECK(state.size(0) == 2, op, ": state has ", state.size(0), " elements, expected 2: [seed, step]");
   STD_TORCH_CHECK(values[1] >= 0 && values[1] < (int64_t{1} << 32), op, ": step is ", values[1],
                   "; it must lie in [0, 2^32)");
   return {distribution, static_cast<uint64_t>(values[0]), static_cast<uint32_t>(values[1]), first, nullptr};
-}
-
-/// Elements handed to one thread at a time. A multiple of both group sizes, so that no group is drawn by two threads.
-constexpr int64_t kDrawChunk = 8192;
-
-inline void check_range(const char* op, int64_t numel, int64_t offset, const char* name = "offset") {
-  STD_TORCH_CHECK(numel >= 0, op, ": numel is ", numel, "; it must not be negative");
-  STD_TORCH_CHECK(offset >= 0, op, ": ", name, " is ", offset, "; it must not be negative");
-  // room to round the end up to whole chunks
-  STD_TORCH_CHECK(offset <= INT64_MAX - kDrawChunk - numel, op, ": ", name, " is ", offset, " with ", numel,
-                  " elements; the global tangent vector ends at 2^63 - 8193");
 }
 
 /// Calls body(start, count) for the pieces of [offset, offset + numel) between multiples of kDrawChunk, in parallel.

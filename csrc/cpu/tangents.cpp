@@ -16,8 +16,7 @@ Tensor sample_tangents(const Tensor& state, int64_t k, int64_t numel, int64_t of
   const char* op = "sample_tangents";
   const DrawSpec spec = draw_spec(op, state, k, first, distribution);
   check_range(op, numel, offset);
-  STD_TORCH_CHECK(is_floating(dtype), op, ": dtype is ", dtype_string(dtype),
-                  "; accepted are float32, float64, bfloat16 and float16");
+  check_drawn_dtype(op, dtype);
   Tensor out = new_tensor(state, {k, numel}, dtype);  // [k, numel]
   dispatch_floating(op, dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -98,10 +97,8 @@ Tensor tangent_gram(const Tensor& state, int64_t k, int64_t numel, int64_t offse
 Tensor gram_of(const Tensor& tangents_) {
   const char* op = "gram";
   check_cpu(op, "tangents", tangents_);
-  check_floating(op, "tangents", tangents_);
-  STD_TORCH_CHECK(tangents_.dim() == 2, op, ": tangents has shape ", shape_string(tangents_), ", expected (k, n)");
+  check_gram(op, tangents_);
   const int64_t k = tangents_.size(0), n = tangents_.size(1);
-  check_k(op, k);
   simd();                                                        // as in draw_spec
   const Tensor tangents = torch::stable::contiguous(tangents_);  // [k, n]
   Tensor out;
@@ -131,9 +128,7 @@ Tensor gram_of(const Tensor& tangents_) {
 template <class T>
 std::vector<T> read_coefficients(const char* op, const Tensor& coefficients, double alpha) {
   check_cpu(op, "coefficients", coefficients);
-  check_floating(op, "coefficients", coefficients);
-  STD_TORCH_CHECK(coefficients.dim() == 1 && coefficients.size(0) >= 1, op, ": coefficients has shape ",
-                  shape_string(coefficients), ", expected (k,) with k >= 1");
+  check_coefficients(op, coefficients);
   const Tensor wide = torch::stable::contiguous(to_dtype(coefficients, ScalarType::Double));
   const double* data = static_cast<const double*>(wide.const_data_ptr());
   std::vector<T> values(coefficients.size(0));
@@ -144,8 +139,7 @@ std::vector<T> read_coefficients(const char* op, const Tensor& coefficients, dou
 Tensor tangent_combine(const Tensor& state, const Tensor& coefficients, int64_t numel, int64_t offset, int64_t first,
                        int64_t distribution, ScalarType dtype) {
   const char* op = "tangent_combine";
-  STD_TORCH_CHECK(is_floating(dtype), op, ": dtype is ", dtype_string(dtype),
-                  "; accepted are float32, float64, bfloat16 and float16");
+  check_drawn_dtype(op, dtype);
   check_range(op, numel, offset);
   Tensor out = new_tensor(state, {numel}, dtype);  // [numel]
   dispatch_floating(op, dtype, [&](auto zero) {

@@ -1,9 +1,10 @@
 // Drawing tangents in registers: the words and elements of csrc/distributions.h, a call of Philox to a thread.
 //
-// Floors. A call is 10 rounds of two 32 x 32 -> 64 bit products and two three-way XORs: 40 instructions, and 18 additions
-// to the key unless a loop keeps the ten keys. A Rademacher element takes 1/128 of a call, a normal element 1/8 of a call
-// and half a Box-Muller pair, about 25 instructions of which one is a square root. So stored signs are bound by the store
-// (4 bytes an element), and normal elements by arithmetic where fewer than about 8 bytes move for each.
+// Floors. A call is 10 rounds of two 32 x 32 -> 64 bit products and two three-way XORs: 40 instructions, and 18
+// additions to the key unless a loop keeps the ten keys. A Rademacher element takes 1/128 of a call, a normal element
+// 1/8 of a call and half a Box-Muller pair, about 25 instructions of which one is a square root. So stored signs are
+// bound by the store (4 bytes an element), and normal elements by arithmetic where fewer than about 8 bytes move for
+// each.
 #pragma once
 
 #include "types.cuh"
@@ -29,7 +30,8 @@ __device__ __forceinline__ PhiloxWords draw_words(const Stream& stream, int64_t 
 
 // ---- normal: eight calls, 0 <= call < 8, give a group of 64 elements
 
-/// Where in its group the elements of words 0 and 1 of a call start: four in a row; those of words 2 and 3 are 32 later.
+/// Where in its group the elements of words 0 and 1 of a call start: four in a row; those of words 2 and 3 are 32
+/// later.
 __host__ __device__ __forceinline__ constexpr int normal_place(int call) { return 16 * (call & 1) + 4 * (call >> 1); }
 
 /// The eight elements of a call: out[0..3] at normal_place(call), out[4..7] 32 later.
@@ -38,8 +40,8 @@ __device__ __forceinline__ void normal_elements(const PhiloxWords& words, float 
   for (int w = 0; w < 4; ++w) normal_pair(words.w[w], out + 2 * w, out + 2 * w + 1);
 }
 
-// ---- Rademacher: eight calls, 0 <= call < 8, give a group of 1024 elements, 32 runs of 32; bit b of a run's word is its
-// element b
+// ---- Rademacher: eight calls, 0 <= call < 8, give a group of 1024 elements, 32 runs of 32; bit b of a run's word is
+// its element b
 
 /// The run that a word of a call holds.
 __host__ __device__ __forceinline__ constexpr int sign_run(int call, int word) {

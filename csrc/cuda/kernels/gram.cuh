@@ -36,16 +36,16 @@ constexpr int kGramPairs = kGramThreads / 64;
 
 // ---- where operands come from
 //
-// A source cuts the elements into groups of kGroup, a group into kUnits units. Of a unit a lane holds kSteps operands for each octet; load() gets them in the
-// form Raw, operand() makes the kAtOnce of one round. Elements outside the range are 0. Rows of an octet beyond k may hold
-// anything: no entry that is asked for depends on them.
+// A source cuts the elements into groups of kGroup, a group into kUnits units. Of a unit a lane holds kSteps operands
+// for each octet; load() gets them in the form Raw, operand() makes the kAtOnce of one round. Elements outside the
+// range are 0. Rows of an octet beyond k may hold anything: no entry that is asked for depends on them.
 
 struct SignSource {
   using Operand = uint32_t;
   using Sum = int;
   using Raw = PhiloxWords;
   static constexpr int kRounds = 4, kAtOnce = 1;
-  static constexpr bool kAhead = false;  // load the next unit before this one's products
+  static constexpr bool kAhead = false;                // load the next unit before this one's products
   static constexpr int64_t kGroup = kRademacherGroup;  // elements of a group of units
   static constexpr int64_t kUnits = 2;                 // of four calls each; their elements interleave
 
@@ -308,7 +308,8 @@ __global__ void __launch_bounds__(kGramThreads)
 
 // ---- launches
 
-/// Parts that n elements of k tangents are summed in. A warp counts bits in 32-bit integers: at most 2^31 elements each.
+/// Parts that n elements of k tangents are summed in. A warp counts bits in 32-bit integers: at most 2^31 elements
+/// each.
 inline int64_t gram_parts(int64_t k, int64_t n) {
   const int64_t entries = triangle(k, 0);
   int64_t parts = ceil_div(n, kGramPartElements);

@@ -9,12 +9,13 @@
 //   d[0], d[1]  row g, columns 2t and 2t + 1;  d[2], d[3]  row g + 8
 //
 // Fragments of m8n8k4, float64, and of m8n8k128, bits, D [8, 8] += A [8, k] B [k, 8]:
-//   a  row g,  k t, or bits k 32t .. 32t + 31      b  column g, the same k      d[0], d[1]  row g, columns 2t and 2t + 1
+//   a  row g,  k t, or bits k 32t .. 32t + 31      b  column g, the same k      d[0], d[1]  row g, columns 2t and 2t +
+//   1
 // so that for B = A^T a lane's a and b are the same.
 //
-// Products of 16-bit elements are exact; a sum of them is not rounded to nearest but cut off, on current GPUs at float32's last bit or slightly
-// below it. Long float32 sums drift towards zero by that, so whoever needs float32 accuracy adds up short sums
-// elsewhere. The host cuts off as well.
+// Products of 16-bit elements are exact; a sum of them is not rounded to nearest but cut off, on current GPUs at
+// float32's last bit or slightly below it. Long float32 sums drift towards zero by that, so whoever needs float32
+// accuracy adds up short sums elsewhere. The host cuts off as well.
 #pragma once
 
 #include "types.cuh"
@@ -115,8 +116,7 @@ inline void mma_m8n8k4(double (&d)[2], double a, double b, int line = __builtin_
 }
 
 inline void mma_m8n8k128(int (&d)[2], uint32_t a, uint32_t b, int line = __builtin_LINE()) {
-  detail::for_each_product(a, b, "mma_m8n8k128", line,
-                           [&](int h, uint32_t x, uint32_t y) { d[h] += __popc(x & y); });
+  detail::for_each_product(a, b, "mma_m8n8k128", line, [&](int h, uint32_t x, uint32_t y) { d[h] += __popc(x & y); });
 }
 
 inline void load_matrices(uint32_t (&out)[4], const void* row, int line = __builtin_LINE()) {

@@ -121,8 +121,8 @@ __host__ __device__ inline int64_t windows_of(int64_t offset, int64_t numel, int
   return ceil_div(offset % width + numel, width);
 }
 
-// out [k, numel]. Grid: x over the windows, y over the tangents. Every lane writes two runs of four elements; eight lanes
-// together 128 bytes in a row.
+// out [k, numel]. Grid: x over the windows, y over the tangents. Every lane writes two runs of four elements; eight
+// lanes together 128 bytes in a row.
 template <class T>
 __global__ void __launch_bounds__(kTangentThreads)
     sample_normal_kernel(const int64_t* __restrict__ state, int64_t first, int64_t k, int64_t numel, int64_t offset,
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(kTangentThreads)
 constexpr int kSignWindow = 4096;
 constexpr int kSignRuns = kSignWindow / 32;
 
-// out [k, numel]. Grid as above. The words go through shared memory in the order of their runs, where a lane finds those
-// of any 16 bytes that it writes, wherever the row is aligned.
+// out [k, numel]. Grid as above. The words go through shared memory in the order of their runs, where a lane finds
+// those of any 16 bytes that it writes, wherever the row is aligned.
 template <class T>
 __global__ void __launch_bounds__(kTangentThreads)
     sample_signs_kernel(const int64_t* __restrict__ state, int64_t first, int64_t k, int64_t numel, int64_t offset,
@@ -262,8 +262,8 @@ __device__ __forceinline__ void load_factors(const double* __restrict__ coeffici
   }
 }
 
-// Every thread sums its call's eight elements over all tangents in registers: bytes are those of the result (twice, if it
-// is added), arithmetic is that of drawing k tangents.
+// Every thread sums its call's eight elements over all tangents in registers: bytes are those of the result (twice, if
+// it is added), arithmetic is that of drawing k tangents.
 template <class T>
 __global__ void __launch_bounds__(kTangentThreads)
     combine_normal_kernel(const int64_t* __restrict__ state, const double* __restrict__ coefficients, double alpha,
@@ -308,8 +308,8 @@ __global__ void __launch_bounds__(kTangentThreads)
 /// Tangents that a warp draws at a time for one group of 1024 elements: eight calls each, one to a lane.
 constexpr int kSignTangents = 4;
 
-// A warp sums a group of 1024 elements, 32 to a lane. An element times c takes a shift, an XOR and an addition; the words
-// of four tangents, drawn by all lanes, come from shared memory, one for four elements.
+// A warp sums a group of 1024 elements, 32 to a lane. An element times c takes a shift, an XOR and an addition; the
+// words of four tangents, drawn by all lanes, come from shared memory, one for four elements.
 template <class T>
 __global__ void __launch_bounds__(kTangentThreads)
     combine_signs_kernel(const int64_t* __restrict__ state, const double* __restrict__ coefficients, double alpha,
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kTangentThreads)
   constexpr int kGroup = static_cast<int>(kRademacherGroup), kPieces = kGroup / kWarp / 4;  // of four elements
   FROG_SHARED(C, shared);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  C* const factors = shared;                              // [kFactors]
+  C* const factors = shared;                             // [kFactors]
   C* const stage = factors + kFactors + warp * kWindow;  // [warps, kWindow]
   uint32_t* const runs = reinterpret_cast<uint32_t*>(factors + kFactors + kTangentWarps * kWindow) +
                          warp * kSignTangents * 32;  // [warps, kSignTangents, 32]
@@ -326,8 +326,7 @@ __global__ void __launch_bounds__(kTangentThreads)
   const int64_t start = offset / kGroup, windows = windows_of(offset, numel, kGroup);
   const Row<T> row(out, numel, offset, add);
   int64_t held = -1;
-  for (int64_t base = int64_t{blockIdx.x} * kTangentWarps; base < windows;
-       base += int64_t{gridDim.x} * kTangentWarps) {
+  for (int64_t base = int64_t{blockIdx.x} * kTangentWarps; base < windows; base += int64_t{gridDim.x} * kTangentWarps) {
     const int64_t window = base + warp;
     const uint64_t call = static_cast<uint64_t>(start + window) * 8 + static_cast<uint64_t>(lane % 8);
     C sums[4 * kPieces] = {};
@@ -369,8 +368,8 @@ __global__ void __launch_bounds__(kTangentThreads)
   }
 }
 
-// A standard basis has at most k elements that are not zero. A block owns a part of the result; of tangents that share a
-// coordinate the first adds up all of them, in order.
+// A standard basis has at most k elements that are not zero. A block owns a part of the result; of tangents that share
+// a coordinate the first adds up all of them, in order.
 template <class T>
 __global__ void __launch_bounds__(kTangentThreads)
     combine_basis_kernel(const int64_t* __restrict__ coordinates, const double* __restrict__ coefficients, double alpha,

@@ -1,0 +1,56 @@
+// Arguments that say which tangents are meant, checked alike on every device. What `state` holds is not: only the CPU
+// can read it without waiting.
+#pragma once
+
+#include "../checks.h"
+#include "../distributions.h"
+
+namespace frog {
+
+inline void check_draw(const char* op, const Tensor& state, int64_t k, int64_t first, int64_t distribution) {
+  check_k(op, k);
+  check_dtype(op, "state", state, ScalarType::Long);
+  STD_TORCH_CHECK(state.dim() == 1 && state.is_contiguous(), op, ": state has shape ", shape_string(state),
+                  ", expected a contiguous vector [seed, step]");
+  STD_TORCH_CHECK(first >= 0 && first <= (int64_t{1} << 32) - k, op, ": first is ", first, " with k = ", k,
+                  "; tangent indices must lie in [0, 2^32)");
+  if (distribution == kStandardBasis) {
+    STD_TORCH_CHECK(state.size(0) >= first + k, op, ": state holds ", state.size(0),
+                    " coordinates, but tangents up to ", first + k, " are asked for");
+    return;
+  }
+  STD_TORCH_CHECK(distribution == kNormal || distribution == kRademacher, op, ": distribution is ", distribution,
+                  "; accepted are 0 (normal), 1 (Rademacher) and 2 (standard basis)");
+  STD_TORCH_CHECK(state.size(0) == 2, op, ": state has ", state.size(0), " elements, expected 2: [seed, step]");
+}
+
+/// Elements handed to one thread of the CPU at a time. A multiple of both group sizes, so that no group is drawn by two
+/// threads.
+constexpr int64_t kDrawChunk = 8192;
+
+inline void check_range(const char* op, int64_t numel, int64_t offset, const char* name = "offset") {
+  STD_TORCH_CHECK(numel >= 0, op, ": numel is ", numel, "; it must not be negative");
+  STD_TORCH_CHECK(offset >= 0, op, ": ", name, " is ", offset, "; it must not be negative");
+  // room to round the end up to whole chunks
+  STD_TORCH_CHECK(offset <= INT64_MAX - kDrawChunk - numel, op, ": ", name, " is ", offset, " with ", numel,
+                  " elements; the global tangent vector ends at 2^63 - 8193");
+}
+
+inline void check_drawn_dtype(const char* op, ScalarType dtype) {
+  STD_TORCH_CHECK(is_floating(dtype), op, ": dtype is ", dtype_string(dtype),
+                  "; accepted are float32, float64, bfloat16 and float16");
+}
+
+inline void check_coefficients(const char* op, const Tensor& coefficients) {
+  check_floating(op, "coefficients", coefficients);
+  STD_TORCH_CHECK(coefficients.dim() == 1 && coefficients.size(0) >= 1, op, ": coefficients has shape ",
+                  shape_string(coefficients), ", expected (k,) with k >= 1");
+}
+
+inline void check_gram(const char* op, const Tensor& tangents) {
+  check_floating(op, "tangents", tangents);
+  STD_TORCH_CHECK(tangents.dim() == 2, op, ": tangents has shape ", shape_string(tangents), ", expected (k, n)");
+  check_k(op, tangents.size(0));
+}
+
+}  // namespace frog

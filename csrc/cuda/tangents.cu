@@ -1,0 +1,81 @@
+// Drawing tangents and their linear combinations; nothing of size k x n is stored unless it is the result.
+//
+// `state` is read by the kernels, on the device: a CUDA graph whose state advances between replays draws anew, and what
+// state holds cannot be refused as on the CPU. A step outside [0, 2^32) makes the whole result NaN, a negative
+// coordinate of a standard basis its tangent, that tangent's row and column of the Gram matrix, and every linear
+// combination.
+#include "kernels/tangents.cuh"
+
+#include "../arguments/tangents.h"
+#include "device.h"
+
+namespace frog {
+namespace {
+
+Tensor sample_tangents(const Tensor& state, int64_t k, int64_t numel, int64_t offset, int64_t first,
+                       int64_t distribution, ScalarType dtype) {
+  const char* op = "sample_tangents";
+  check_same_device(op, "state", state, state);
+  check_draw(op, state, k, first, distribution);
+  check_range(op, numel, offset);
+  check_drawn_dtype(op, dtype);
+  const OnDevice stream(state);
+  Tensor drawn = new_on(state, {k, numel}, dtype);  // [k, numel]
+  dispatch_floating(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    launch_sample(in<int64_t>(state), out<T>(drawn), k, numel, offset, first, distribution, stream);
+  });
+  return drawn;
+}
+
+// result [numel] (+)= alpha V c. The coefficients are read in float64, as the CPU operators do; cholesky_project's are.
+void combine(const char* op, const Tensor& state, const Tensor& coefficients, Tensor& result, int64_t offset,
+             int64_t first, int64_t distribution, bool add, double alpha) {
+  const OnDevice stream(state);
+  const Tensor c = torch::stable::contiguous(to_dtype(coefficients, ScalarType::Double));  // [k]
+  dispatch_floating(op, result.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    launch_combine(in<int64_t>(state), in<double>(c), out<T>(result), c.size(0), result.numel(), offset, first,
+                   distribution, add, alpha, stream);
+  });
+}
+
+Tensor tangent_combine(const Tensor& state, const Tensor& coefficients, int64_t numel, int64_t offset, int64_t first,
+                       int64_t distribution, ScalarType dtype) {
+  const char* op = "tangent_combine";
+  check_same_device(op, "state", state, coefficients);
+  check_same_device(op, "coefficients", coefficients, state);
+  check_drawn_dtype(op, dtype);
+  check_range(op, numel, offset);
+  check_coefficients(op, coefficients);
+  check_draw(op, state, coefficients.size(0), first, distribution);
+  const OnDevice current(state);
+  Tensor result = new_on(state, {numel}, dtype);  // [numel]
+  combine(op, state, coefficients, result, offset, first, distribution, false, 1.0);
+  return result;
+}
+
+void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients, double alpha, int64_t offset,
+                   int64_t first, int64_t distribution) {
+  const char* op = "tangent_axpy_";
+  check_same_device(op, "self", self, state);
+  check_same_device(op, "state", state, self);
+  check_same_device(op, "coefficients", coefficients, self);
+  check_floating(op, "self", self);
+  check_range(op, self.numel(), offset);
+  check_coefficients(op, coefficients);
+  check_draw(op, state, coefficients.size(0), first, distribution);
+  const OnDevice current(self);
+  Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
+  combine(op, state, coefficients, target, offset, first, distribution, true, alpha);
+  if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CUDA, m) {
+  m.impl("sample_tangents", TORCH_BOX(&sample_tangents));
+  m.impl("tangent_combine", TORCH_BOX(&tangent_combine));
+  m.impl("tangent_axpy_", TORCH_BOX(&tangent_axpy_));
+}
+
+}  // namespace
+}  // namespace frog

@@ -175,8 +175,11 @@ def gradients(m: Machine) -> Iterator[Row]:
         loss = nn.CrossEntropyLoss(reduction="none")
         for perturb in ("activity", "weight"):
             for k in (1, 2, 4, 16):
-                fg = frog.ForwardGradient(model, loss, k=k, perturb=perturb, per_sample=not name.startswith("ResNet"))
-                yield row(perturb, k, partial(forward, fg, x, target), base["seconds"])
+                for graph in (False, True)[: 1 + (m.device.type == "cuda")]:
+                    options = {"per_sample": not name.startswith("ResNet"), "cuda_graph": graph}
+                    fg = frog.ForwardGradient(model, loss, k=k, perturb=perturb, **options)
+                    step = partial(forward, fg, x, target)
+                    yield row(f"{perturb}, CUDA graph" if graph else perturb, k, step, base["seconds"])
         if name.startswith("FC"):
             for k in (1, 4, 16):
                 yield row("vmap(jvp)", k, partial(_vmap_jvp, model, x, target, k), base["seconds"])

@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from . import ops
 from ._checks import flat
+from ._deferred import deferring
 from .aggregate import Aggregate, Custom
 from .dual import add_activity, primal_of
 from .estimate import Estimate, read_loss, solve
@@ -57,6 +58,7 @@ class ActivityPerturbation:
         check_parameters(model, self.parameters)
         self.segments: list[Segment] = []
         self._warned = False
+        self._draws_numbers = False  # seen where a layer last ran a second time
 
     @property
     def device(self) -> torch.device:
@@ -277,9 +279,17 @@ class ActivityPerturbation:
 
         parameters = {id(p): p for s, _ in wanted for p in s.group.parameters}
         segments = self.segments
+        if deferring() and self._draws_numbers:
+            names = ", ".join(dict.fromkeys(s.group.name for s, _ in wanted))
+            raise NotImplementedError(
+                f"cuda_graph: {names} have no closed-form gradient and run a second time, but the model draws random numbers "
+                "(dropout), which a graph cannot repeat; use cuda_graph=False"
+            )
         with torch.enable_grad(), self._numbers.replayed(), self._hooked(cut):
             functional_call(self.model, copied_buffers(self.model), *inputs)
         self.segments = segments
+        if not deferring():
+            self._draws_numbers = self._numbers.moved
         pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
         if not pairs:
             return

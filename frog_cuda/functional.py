@@ -151,28 +151,34 @@ def _split(outs: list[Any], k: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class RandomNumbers:
-    """Remembers where the random number generators of the CPU and of the tensors' GPUs stand."""
+    """Remembers where the random number generators of the CPU and of the tensors' GPUs stand.
+
+    Attributes:
+        moved: whether numbers had been drawn when they were last to be replayed.
+    """
+
+    moved = False
 
     def __init__(self, leaves: Iterable[Any]) -> None:
         devices = {leaf.device.index for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
         self._generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
-        # Inside a CUDA graph no state can be read; steps that need none can be captured.
+        # Inside a CUDA graph no state can be read: whoever captures has seen that no numbers are drawn.
         self._states = None if deferring() else [g.get_state() for g in self._generators]
 
     def rewind(self) -> None:
         """Puts them back, so that the next pass draws what the first one drew."""
-        if self._states is None:
-            raise NotImplementedError(
-                "cuda_graph: a layer without a closed-form gradient runs a second time with the same random numbers, which a "
-                "graph cannot do; perturb innermost layers (layers=None), or use cuda_graph=False"
-            )
+        assert self._states is not None
         for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Inside, the numbers drawn since; afterwards, the generators stand where they stood before."""
-        later = [] if self._states is None else [g.get_state() for g in self._generators]
+        if self._states is None:
+            yield
+            return
+        later = [g.get_state() for g in self._generators]
+        self.moved = any(not torch.equal(a, b) for a, b in zip(self._states, later, strict=True))
         self.rewind()
         try:
             yield

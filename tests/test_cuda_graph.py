@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import frog_cuda as frog
 from frog_cuda import cuda_graph
@@ -177,19 +178,77 @@ def test_what_cannot_be_a_graph_is_named():
     check(frog.tangents.Normal(), chunk_size=4)
 
 
-def test_layers_that_run_twice_are_named(stand_in):
-    model = net()
-    options = dict(layers=[["0", "1"], ["3"]], per_sample=False, cuda_graph=True)
-    fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(), k=3, **options)
-    fg(*batch(0))
-    with pytest.raises(NotImplementedError, match="cuda_graph: a layer without a closed-form gradient"):
-        fg(*batch(1))
+@pytest.mark.parametrize("dropout", [False, True])
+def test_layers_that_run_twice(stand_in, dropout):
+    """Where random numbers are drawn, as dropout does, their second run would need the same ones."""
+
+    def step(cuda_graph, count=4):
+        torch.manual_seed(0)
+        first = nn.Sequential(nn.Linear(6, 9), nn.Dropout(0.5 if dropout else 0.0)).double()
+        if not dropout:
+            first[1].eval()
+        model = nn.Sequential(first, nn.Linear(9, 4).double())
+        options = dict(layers=[["0"], ["1"]], per_sample=False, cuda_graph=cuda_graph)
+        fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(), k=3, **options)
+        for i in range(count):
+            fg(*batch(i))
+        return [p.grad for p in model.parameters()]
+
+    if dropout:
+        with pytest.raises(NotImplementedError, match="cuda_graph: 0 have no closed-form gradient"):
+            step(True)
+    else:
+        for a, b in zip(step(True), step(False), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_inputs_that_are_no_values_are_named(stand_in):
     _, fg = graphed()
     with pytest.raises(TypeError, match="cuda_graph: input or target holds a bytearray"):
         fg(batch(0)[0], bytearray(3))
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4))
+
+
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.Sequential(layer, nn.LayerNorm(8), nn.Flatten(), nn.Linear(24, 4))
+
+
+class Reading(nn.Module):
+    def forward(self, x):
+        return x * x.sum().item()
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build"))]
+
+
+def step_without_values(model, shape, perturb, device="cpu", tangents="normal"):
+    """One step on tensors that have no values: reading one raises."""
+    with FakeTensorMode(), torch.device(device):
+        fg = frog.ForwardGradient(model(), nn.CrossEntropyLoss(), k=3, perturb=perturb, tangents=tangents)
+        x, target = torch.empty(shape), torch.zeros(shape[0], dtype=torch.long)
+        drawn = fg.tangent_set(((x,), {}))
+        with deferred() as conditions, torch.no_grad():
+            found = fg._gradients_of(drawn, fg._estimate(drawn, ((x,), {}), target), ((x,), {}))
+        assert {g.device.type for g in found.values()} == {device}
+        return len(conditions)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+@pytest.mark.parametrize("tangents", ["normal", "rademacher", "sphere", "orthonormal", frog.tangents.Cone(40.0)], ids=str)
+@pytest.mark.parametrize("model, shape", [(convolutional, (5, 3, 8, 8)), (transformer, (5, 3, 8))], ids=["conv", "transformer"])
+@pytest.mark.filterwarnings("ignore:activity perturbation")
+def test_a_step_reads_no_value_from_the_device(model, shape, perturb, tangents, device):
+    assert 3 <= step_without_values(model, shape, perturb, device, tangents) <= cuda_graph._MOST_CONDITIONS
+
+
+def test_reading_a_value_would_be_noticed():
+    with pytest.raises(DataDependentOutputException):
+        step_without_values(lambda: nn.Sequential(Reading(), nn.Linear(6, 4)), (5, 6), "weight")
 
 
 def test_deferred_conditions_are_collected_not_raised():

@@ -2,6 +2,7 @@
 // a time, and the slope is applied to all k tangents of the block while it lies in first-level cache.
 #include "pointwise.h"
 
+#include "../arguments/pointwise.h"
 #include "blocks.h"
 
 namespace frog {
@@ -11,7 +12,7 @@ constexpr const char* kOp = "pointwise_jvp";
 constexpr int64_t kShortestRow = 1024;  // shorter activity tangents are repeated up to this length
 
 // codes as in POINTWISE of frog_cuda/ops.py
-constexpr int64_t kRelu = 1, kHardtanh = 10, kFunctions = 11;
+constexpr int64_t kRelu = 1, kHardtanh = 10;
 
 template <class C>
 struct Job {
@@ -51,22 +52,10 @@ void run(const Job<C>& job) {
   });
 }
 
-void check_function(int64_t function, double alpha, double beta) {
-  STD_TORCH_CHECK(function >= 0 && function < kFunctions, kOp, ": function is ", function, "; accepted are 0 to ",
-                  kFunctions - 1);
-  STD_TORCH_CHECK(function != kHardtanh || alpha <= beta, kOp, ": hardtanh has alpha (min_val) ", alpha,
-                  " and beta (max_val) ", beta, "; min_val must not be larger");
-}
-
 // activity [k, *s] -> dense [k, period], repeated to at least kShortestRow elements where x is longer
 Tensor prepare_activity(const Tensor& activity, const Tensor& x, int64_t k, int64_t* period) {
   check_cpu(kOp, "activity", activity);
-  check_floating(kOp, "activity", activity);
-  const int64_t d = activity.dim() - 1;
-  bool fits = d >= 0 && d <= x.dim() && activity.size(0) == k;
-  for (int64_t j = 1; fits && j <= d; ++j) fits = activity.size(-j) == x.size(-j);
-  STD_TORCH_CHECK(fits, kOp, ": activity has shape ", shape_string(activity), ", expected (k, *s) with k = ", k,
-                  " and s a suffix of ", shape_string(x));
+  check_activity(kOp, activity, x, k);
   const Tensor dense = torch::stable::contiguous(activity);
   *period = std::max<int64_t>(1, dense.numel() / k);
   if (*period >= kShortestRow || *period >= x.numel()) return dense;
@@ -81,13 +70,10 @@ std::tuple<Tensor, Tensor> pointwise_jvp(const Tensor& x_, const std::optional<T
                                          double beta) {
   check_cpu(kOp, "x", x_);
   check_floating(kOp, "x", x_);
-  check_function(function, alpha, beta);
-  STD_TORCH_CHECK(dx_ || activity_, kOp, ": dx and activity are both None; at least one must be given");
+  check_function(kOp, function, alpha, beta);
   const std::optional<Tensor> dx = dense_tangents(kOp, "dx", dx_, x_);
+  const int64_t k = check_given(kOp, dx_, activity_);
   const Tensor& given = dx_ ? *dx_ : *activity_;
-  STD_TORCH_CHECK(given.dim() >= 1, kOp, ": activity has shape (), expected (k, *s)");
-  const int64_t k = given.size(0);
-  check_k(kOp, k);
   int64_t period = 1;
   std::optional<Tensor> activity;
   if (activity_) activity = prepare_activity(*activity_, x_, k, &period);
@@ -109,7 +95,7 @@ std::tuple<Tensor, Tensor> pointwise_jvp(const Tensor& x_, const std::optional<T
 }  // namespace
 
 void apply_pointwise(int64_t function, double alpha, double beta, Tensor& y, Tensor& dy) {
-  check_function(function, alpha, beta);
+  check_function(kOp, function, alpha, beta);
   const auto go = [&](auto zero) {
     using C = decltype(zero);
     run(Job<C>{function, static_cast<C>(alpha), static_cast<C>(beta), y.numel(), dy.size(0), 1, Source<C>(y),

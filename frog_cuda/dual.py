@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass, _AutoDispatchBelowAutograd
 
+from .low_rank import Factors
+
 __all__ = ["DualTensor", "SampledTangents", "add_activity", "aten", "primal_of", "rule", "tangents_of"]
 
 #: function as seen by ``__torch_function__`` -> rule(*args, **kwargs); a rule may decline by returning NotImplemented
@@ -108,7 +110,7 @@ class DualTensor(torch.Tensor):
     # Exactly one of these describes the tangents: stored ones and/or an activity tangent still to be added to them; a recipe
     # for drawing them; or nothing at all, which means zeros (a buffer made by zeros_like that something may be written into).
     k: int
-    sampled: SampledTangents | None = None
+    sampled: SampledTangents | Factors | None = None
     _primal: Tensor
     _tangents: Tensor | None = None
     _activity: Tensor | None = None
@@ -134,7 +136,7 @@ class DualTensor(torch.Tensor):
         return _make(resolve(primal.detach()), tangents, tangents.shape[0])
 
     @staticmethod
-    def sampled_from(primal: Tensor, sampled: SampledTangents) -> DualTensor:
+    def sampled_from(primal: Tensor, sampled: SampledTangents | Factors) -> DualTensor:
         """A parameter whose tangents are drawn inside the fused operators and never stored.
 
         Operations without a fused rule draw them on the spot and drop them again afterwards.
@@ -303,10 +305,13 @@ def _check_plain(name: str, tensor: Any) -> None:
         raise TypeError(f"DualTensor: {name} has layout {tensor.layout}; only torch.strided is supported")
 
 
-def draw(primal: Tensor, sampled: SampledTangents, first: int = 0, count: int | None = None) -> Tensor:
+def draw(primal: Tensor, sampled: SampledTangents | Factors, first: int = 0, count: int | None = None) -> Tensor:
     """Tangents ``first .. first + count`` of those ``sampled`` describes, stored: (count, *primal.shape)."""
     from . import ops
 
+    if isinstance(sampled, Factors):
+        sampled.touch()
+        return sampled.dense(first, count)
     if sampled.touched is not None:
         sampled.touched.add(sampled.offset)
     count = sampled.k if count is None else count

@@ -110,6 +110,8 @@ class ForwardGradient:
             self._method = WeightPerturbation(model, None if layers is None else select(model, layers))
             self.distribution.check(self.k, self._method.total)
         elif perturb == "activity":
+            if isinstance(self.distribution, distributions.LowRank):
+                raise ValueError("tangents: LowRank is for perturb='weight'; tangents of activities are no matrices")
             self._method = ActivityPerturbation(model, activity_groups(model, layers), shared_across_batch, per_sample)
         else:
             raise ValueError(f"perturb is {perturb!r}; accepted are 'activity' and 'weight'")

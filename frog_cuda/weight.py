@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,6 +108,9 @@ class WeightPerturbation:
         p = self.parameters[piece.name]
         if tangents.stored is not None:
             return DualTensor(p, tangents.draw(piece, tangent_dtype or p.dtype, first, count))
+        factors = tangents.factors(piece, tangent_dtype or p.dtype, first, count)
+        if factors is not None:
+            return DualTensor.sampled_from(p, replace(factors, offset=piece.offset, touched=touched))
         base = tangents.distribution.base
         sampled = SampledTangents(tangents.state, count, first, piece.offset, base, grams, touched, tangent_dtype)
         return DualTensor.sampled_from(p, sampled)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..dual import DualTensor, aten, draw
+from ..dual import DualTensor, aten, draw, primal_of
+from ..low_rank import Factors
 from .helpers import common_k, low_dtype, parts, wrap
 
 _aten = torch.ops.aten
@@ -31,6 +32,10 @@ def convolution(
     groups: int,
 ) -> Any:
     k = common_k(func, input, weight, bias)
+    factors = weight.sampled if type(weight) is DualTensor else None
+    if isinstance(factors, Factors) and not transposed and groups == 1 and input.dim() == weight.dim():
+        options: tuple[Any, ...] = (stride, padding, dilation, transposed, output_padding, groups)
+        return _low_rank(func, input, weight._primal, factors, bias, options)
     x, dx = parts(input)
     b, db = parts(bias)
     sampled = weight.sampled if type(weight) is DualTensor else None
@@ -55,3 +60,22 @@ def convolution(
     if moved is None:
         return out
     return wrap(out, moved.contiguous(), low_dtype(input, weight, bias))
+
+
+def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, options: tuple[Any, ...]) -> Any:
+    """The right factors are k r filters of one convolution; the left ones spread each result over the output channels."""
+    k, r = factors.k, factors.r
+    plain = type(input) is not DualTensor and type(bias) is not DualTensor
+    out = func(input, weight, bias, *options) if plain else convolution(func, input, weight, bias, *options)
+    factors.touch()
+    x = primal_of(input).to(factors.dtype)
+    inner = func(x, factors.right.view(k * r, *factors.shape[1:]), None, *options)  # (B, k r, *s)
+    inner = inner.unflatten(1, (k, r)).transpose(0, 1)  # (k, B, r, *s)
+    if plain:
+        moved = inner.new_zeros((k, *out.shape))
+        out = wrap(out, moved, factors.dtype)
+    moved = out.tangents
+    for j in range(r):
+        spread = factors.left[:, j].reshape(k, 1, -1, *(1,) * (inner.dim() - 3))
+        moved.addcmul_(inner[:, :, j : j + 1].to(moved.dtype), spread.to(moved.dtype), value=factors.scale)
+    return out

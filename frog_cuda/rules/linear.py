@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..dual import DualTensor, SampledTangents, _k_mismatch, _make, aten, rule
+from ..low_rank import Factors
 from .helpers import FUSED_DTYPES
 
 # Rules run below autograd on plain tensors, so the guards of the public face have nothing to find here.
@@ -27,6 +28,10 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         x, dx, activity = input._primal, input._tangents, input._activity
         if input.sampled is not None:
             dx = input.tangents
+    if type(weight) is DualTensor and isinstance(weight.sampled, Factors):
+        return _low_rank(input, weight._primal, weight.sampled, bias)
+    sampled: Any  # SampledTangents, or None; a bias, being a vector, has no factors
+    b_sampled: Any
     w, dw, sampled = weight, None, None
     if type(weight) is DualTensor:
         if weight.k != k:
@@ -94,6 +99,29 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if dx is None and source.dtype is not None:
         dy = dy.to(source.dtype)
     return _make(y, dy, k)
+
+
+def _low_rank(input: Any, weight: Tensor, factors: Factors, bias: Any) -> Any:
+    """``x (A_i B_i^T)^T = (x B_i) A_i^T``: r (in + out) operations a row instead of in * out."""
+    k, r = factors.k, factors.r
+    if type(input) is DualTensor and input.k != k:
+        raise _k_mismatch("linear", input.k, k)
+    if type(bias) is DualTensor and bias.k != k:
+        raise _k_mismatch("linear", bias.k, k)
+    out = F.linear(input, weight, bias)
+    factors.touch()
+    x = (input._primal if type(input) is DualTensor else input).to(factors.dtype)
+    rows = x.reshape(-1, x.shape[-1])  # (R, in)
+    inner = (rows @ factors.right.flatten(0, 1).t()).view(-1, k, r).transpose(0, 1)  # (k, R, r)
+    if type(out) is not DualTensor:
+        moved = torch.bmm(inner, factors.left).mul_(factors.scale)
+        return _make(out, moved.view(k, *out.shape), k)
+    moved = out.tangents.view(k, -1, out.shape[-1])  # (k, R, out)
+    if r == 1:  # one pass over the result, where a product with inner dimension 1 would take several
+        moved.addcmul_(inner.to(moved.dtype), factors.left.to(moved.dtype))
+    else:
+        moved.baddbmm_(inner.to(moved.dtype), factors.left.to(moved.dtype), alpha=factors.scale)
+    return out
 
 
 def _same_set(a: SampledTangents, b: SampledTangents) -> bool:

@@ -160,10 +160,13 @@ class RandomNumbers:
     moved = False
 
     def __init__(self, leaves: Iterable[Any]) -> None:
+        self._generators: list[torch.Generator] = []
+        self._states: list[Tensor] | None = None
+        if deferring():  # inside a CUDA graph no state can be read; whoever captures has seen that no numbers are drawn
+            return
         devices = {leaf.device.index for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
         self._generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
-        # Inside a CUDA graph no state can be read: whoever captures has seen that no numbers are drawn.
-        self._states = None if deferring() else [g.get_state() for g in self._generators]
+        self._states = [g.get_state() for g in self._generators]
 
     def rewind(self) -> None:
         """Puts them back, so that the next pass draws what the first one drew."""

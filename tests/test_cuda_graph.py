@@ -243,6 +243,8 @@ def step_without_values(model, shape, perturb, device="cpu", tangents="normal"):
 @pytest.mark.parametrize("model, shape", [(convolutional, (5, 3, 8, 8)), (transformer, (5, 3, 8))], ids=["conv", "transformer"])
 @pytest.mark.filterwarnings("ignore:activity perturbation")
 def test_a_step_reads_no_value_from_the_device(model, shape, perturb, tangents, device):
+    if device == "cuda" and (model, perturb) == (transformer, "activity") and not torch.cuda.is_available():
+        pytest.skip("its layers run a second time with autograd, whose engine asks for a real device")
     assert 3 <= step_without_values(model, shape, perturb, device, tangents) <= cuda_graph._MOST_CONDITIONS
 
 

@@ -9,9 +9,9 @@
 // Floor: 2 products (L x S x D) for the primal and up to 4 for each tangent. All of them run through one register tile
 // (csrc/cpu/simd), on panels of K^T and V that a thread keeps in first-level cache; the rows of Q, dQ_1 .. dQ_k of a
 // query block are stacked, so a panel is loaded once for 1 + k products.
-#include <cmath>
 #include <limits>
 
+#include "../arguments/attention.h"
 #include "draw.h"
 
 namespace frog {
@@ -77,7 +77,7 @@ struct Panels {
 
 struct Mask {
   const Tensor* tensor = nullptr;
-  int64_t strides[4] = {0, 0, 0, 0};  // over batch, head, query, key; 0 where broadcast
+  std::array<int64_t, 4> strides{};  // over batch, head, query, key; 0 where broadcast
 };
 
 template <class T>
@@ -110,7 +110,7 @@ void apply_mask(const Problem<T>& p, int64_t b, int64_t h, int64_t q0, int64_t r
                 T* scores, int64_t ld) {
   if (p.mask.tensor != nullptr) {
     const Tensor& t = *p.mask.tensor;
-    const int64_t* strides = p.mask.strides;
+    const int64_t* strides = p.mask.strides.data();
     const int64_t at = b * strides[0] + h * strides[1] + q0 * strides[2] + j0 * strides[3];
     if (t.scalar_type() == ScalarType::Bool) {
       add_mask(static_cast<const bool*>(t.const_data_ptr()) + at, strides, scores, rows, count, ld);
@@ -245,34 +245,15 @@ void run(const Problem<T>& p) {
 // Dense and in the compute type; `t` must be (*, rows, columns) with `lead` in front.
 Tensor prepare(const Tensor& t, ScalarType compute) { return torch::stable::contiguous(to_dtype(t, compute)); }
 
-std::optional<Tensor> prepare_tangents(const char* name, const std::optional<Tensor>& t, const Tensor& primal,
-                                       ScalarType compute, int64_t* k) {
-  if (!t) return std::nullopt;
-  check_cpu(kOp, name, *t);
-  check_floating(kOp, name, *t);
-  check_tangents(kOp, name, *t, primal);
-  STD_TORCH_CHECK(*k == 0 || t->size(0) == *k, kOp, ": ", name, " has k = ", t->size(0),
-                  ", but another tangent has k = ", *k);
-  *k = t->size(0);
-  return prepare(*t, compute);
+std::optional<Tensor> prepare(const std::optional<Tensor>& t, ScalarType compute) {
+  return t ? std::optional<Tensor>(prepare(*t, compute)) : std::nullopt;
 }
 
-Mask prepare_mask(const std::optional<Tensor>& mask, const Tensor& q, int64_t keys) {
+Mask prepare_mask(const std::optional<Tensor>& mask) {
   Mask m;
   if (!mask) return m;
-  check_cpu(kOp, "mask", *mask);
-  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool || is_floating(mask->scalar_type()), kOp, ": mask has dtype ",
-                  dtype_string(mask->scalar_type()), "; accepted are bool and the floating dtypes");
-  const int64_t full[4] = {q.size(0), q.size(1), q.size(2), keys};
-  bool fits = mask->dim() <= 4;
-  for (int64_t j = 1; fits && j <= mask->dim(); ++j) {
-    const int64_t size = mask->size(-j);
-    fits = size == full[4 - j] || size == 1;
-    m.strides[4 - j] = size == 1 ? 0 : mask->stride(mask->dim() - j);
-  }
-  STD_TORCH_CHECK(fits, kOp, ": mask has shape ", shape_string(*mask), ", expected to broadcast to ",
-                  shape_string(full, 4));
   m.tensor = &*mask;
+  m.strides = attention_mask_strides(*mask);
   return m;
 }
 
@@ -280,35 +261,23 @@ std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const std::optiona
                                          const std::optional<Tensor>& dkey, const Tensor& value,
                                          const std::optional<Tensor>& dvalue, const std::optional<Tensor>& mask,
                                          bool is_causal, double scale) {
-  const Tensor* primals[3] = {&query, &key, &value};
-  const char* names[3] = {"query", "key", "value"};
-  for (int j = 0; j < 3; ++j) {
-    check_cpu(kOp, names[j], *primals[j]);
-    check_floating(kOp, names[j], *primals[j]);
-    check_dtype(kOp, names[j], *primals[j], query.scalar_type());
-    STD_TORCH_CHECK(primals[j]->dim() == 4, kOp, ": ", names[j], " has shape ", shape_string(*primals[j]),
-                    ", expected (batch, heads, length, depth)");
+  const std::optional<Tensor>* const optional[4] = {&dquery, &dkey, &dvalue, &mask};
+  const char* const names[4] = {"dquery", "dkey", "dvalue", "mask"};
+  check_cpu(kOp, "query", query);
+  check_cpu(kOp, "key", key);
+  check_cpu(kOp, "value", value);
+  for (int j = 0; j < 4; ++j) {
+    if (*optional[j]) check_cpu(kOp, names[j], **optional[j]);
   }
-  STD_TORCH_CHECK(query.size(3) >= 1 && key.size(0) == query.size(0) && key.size(3) == query.size(3) &&
-                      key.size(1) >= 1 && query.size(1) % key.size(1) == 0,
-                  kOp, ": key has shape ", shape_string(key),
-                  ", expected (batch, kv heads, keys, depth) to match query ", shape_string(query),
-                  ", with a number of heads that divides the query's");
-  check_shape(kOp, "value", value, {key.size(0), key.size(1), key.size(2), value.size(3)});
-  STD_TORCH_CHECK(dquery || dkey || dvalue, kOp,
-                  ": nothing is perturbed; give at least one of dquery, dkey and dvalue");
-  STD_TORCH_CHECK(std::isfinite(scale), kOp, ": scale is ", scale, "; expected a finite number");
+  const int64_t k = check_attention(kOp, query, dquery, key, dkey, value, dvalue, mask, scale);
 
   const ScalarType compute = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  int64_t k = 0;
-  const std::optional<Tensor> dq = prepare_tangents("dquery", dquery, query, compute, &k);
-  const std::optional<Tensor> dk = prepare_tangents("dkey", dkey, key, compute, &k);
-  const std::optional<Tensor> dv = prepare_tangents("dvalue", dvalue, value, compute, &k);
+  const std::optional<Tensor> dq = prepare(dquery, compute), dk = prepare(dkey, compute), dv = prepare(dvalue, compute);
   const Tensor q = prepare(query, compute), kk = prepare(key, compute), v = prepare(value, compute);
   const std::vector<int64_t> shape{query.size(0), query.size(1), query.size(2), value.size(3)};
   Tensor out = new_tensor(q, shape, compute);  // [B, H, L, Dv]
   Tensor dout = new_tensor(q, {k, shape[0], shape[1], shape[2], shape[3]}, compute);
-  const Mask m = prepare_mask(mask, query, key.size(2));
+  const Mask m = prepare_mask(mask);
   const auto go = [&](auto zero) {
     using T = decltype(zero);
     const auto data = [](const std::optional<Tensor>& t) {

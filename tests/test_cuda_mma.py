@@ -60,3 +60,5 @@ def test_matrices_from_shared_memory(kernels):
     matrices = torch.arange(256, dtype=torch.int16).view(4, 8, 8)
     (out,) = kernels.run("matrices", matrices, Out((8, 4, 4, 2), torch.int16))  # [g, t, matrix, element]
     assert torch.equal(out, matrices.view(4, 8, 4, 2).permute(1, 2, 0, 3))
+    (out,) = kernels.run("matrices_transposed", matrices, Out((8, 4, 4, 2), torch.int16))
+    assert torch.equal(out, matrices.mT.reshape(4, 8, 4, 2).permute(1, 2, 0, 3))

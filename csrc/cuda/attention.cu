@@ -81,7 +81,8 @@ std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const std::optiona
   const int64_t k = check_attention(kOp, query, dquery, key, dkey, value, dvalue, mask, scale);
 
   const OnDevice stream(query);
-  const auto [primal, tangent] = kernel_dtypes(query.scalar_type(), tangents);
+  const std::pair<ScalarType, ScalarType> dtypes = kernel_dtypes(query.scalar_type(), tangents);
+  const ScalarType primal = dtypes.first, tangent = dtypes.second;
   const Tensor q = prepare(query, primal), kk = prepare(key, primal), v = prepare(value, primal);
   const std::optional<Tensor> dq = prepare(dquery, tangent), dk = prepare(dkey, tangent), dv = prepare(dvalue, tangent);
   const std::vector<int64_t> shape{query.size(0), query.size(1), query.size(2), value.size(3)};

@@ -199,6 +199,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
 /// Few, so that every kernel that strides over its work has to.
 inline int64_t blocks_of_device(int per_multiprocessor) { return per_multiprocessor; }
 
+/// That of the smallest device.
+inline int64_t shared_memory_of_device() { return 99 * 1024; }
+
 inline void copy_async16(void* shared, const void* global, bool inside) {
   cuda_on_cpu::copy_begin(shared, global, inside);
 }

@@ -41,12 +41,17 @@ __global__ void one_bit_step(const uint32_t* a, const uint32_t* b, const int* c,
 }
 
 // from [4, 8, 8] in shared memory -> what each lane receives, [32, 4, 2]
+template <bool kTransposed>
 __global__ void read_matrices(const uint16_t* from, uint16_t* out) {
   FROG_SHARED(uint16_t, shared);
   for (int j = threadIdx.x; j < 256; j += kWarp) shared[j] = from[j];
   __syncwarp();
   uint32_t registers[4];
-  load_matrices(registers, shared + threadIdx.x * 8);
+  if (kTransposed) {
+    load_matrices_transposed(registers, shared + threadIdx.x * 8);
+  } else {
+    load_matrices(registers, shared + threadIdx.x * 8);
+  }
   for (int j = 0; j < 4; ++j) {
     out[threadIdx.x * 8 + 2 * j] = static_cast<uint16_t>(registers[j]);
     out[threadIdx.x * 8 + 2 * j + 1] = static_cast<uint16_t>(registers[j] >> 16);
@@ -68,5 +73,8 @@ EXPORTED(step_bits)(const uint32_t* a, const uint32_t* b, const int* c, int* out
   launch(one_bit_step, dim3(1), dim3(kWarp), 0, nullptr, a, b, c, out);
 }
 EXPORTED(matrices)(const uint16_t* from, uint16_t* out) {
-  launch(read_matrices, dim3(1), dim3(kWarp), 256 * sizeof(uint16_t), nullptr, from, out);
+  launch(read_matrices<false>, dim3(1), dim3(kWarp), 256 * sizeof(uint16_t), nullptr, from, out);
+}
+EXPORTED(matrices_transposed)(const uint16_t* from, uint16_t* out) {
+  launch(read_matrices<true>, dim3(1), dim3(kWarp), 256 * sizeof(uint16_t), nullptr, from, out);
 }

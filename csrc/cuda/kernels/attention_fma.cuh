@@ -14,8 +14,8 @@
 //
 // Layout: 256 threads, 16 x 16; each has 4 rows, 16 apart, so that the 16 threads of a row are half a warp, and no
 // barrier stands between softmax and the second product. Operands come in slices of 8 columns (of Q, K and their
-// tangents) or 8 keys (of V and its tangents), as they are, by asynchronous copies, one slice ahead of the arithmetic:
-// 16 bytes of shared memory are read for 13 multiply-adds (kChunk = 2).
+// tangents) or 8 keys (of V and its tangents), as they are, by asynchronous copies, one slice ahead of the arithmetic.
+// 16 bytes that a thread reads from shared memory serve 13 multiply-adds where kChunk is 2 and kKeys 64.
 #pragma once
 
 #include "attention_problem.cuh"
@@ -49,8 +49,8 @@ struct AttentionShared {
 
 // rows x columns elements from `from`, zeros where there are none, into shared memory at `pitch` bytes a row.
 template <int kRows, int kColumns, int kPitch, class T>
-__device__ __forceinline__ void load_slice(unsigned char* shared, const T* from, int64_t stride, int64_t rows,
-                                           int64_t columns, bool packs) {
+__device__ __forceinline__ void load_slice(unsigned char* shared, const T* from, int64_t stride, int rows, int columns,
+                                           bool packs) {
   constexpr int kPacks = kColumns / kPack<T>;
   for (int e = static_cast<int>(threadIdx.x); e < kRows * kPacks; e += kAttentionThreads) {
     const int r = e / kPacks, c = e % kPacks * kPack<T>;
@@ -97,7 +97,7 @@ __device__ __forceinline__ S row_max(S value) {
 
 // Four neighbouring elements of a row of which `left` exist; `packs`: rows are multiples of four elements.
 template <class T, class S>
-__device__ __forceinline__ void write4(T* to, const S* values, int64_t left, bool packs) {
+__device__ __forceinline__ void write4(T* to, const S* values, int left, bool packs) {
   constexpr int kAtOnce = kPack<T> < 4 ? kPack<T> : 4;
   if (packs && left >= 4) {
 #pragma unroll
@@ -128,15 +128,14 @@ __global__ void __launch_bounds__(kAttentionThreads)
   S* const probabilities = reinterpret_cast<S*>(shared + Shared::kProbabilities);  // [1 + kChunk, rows, kPitch]
   const int x = static_cast<int>(threadIdx.x) % kLanesOfRow, y = static_cast<int>(threadIdx.x) / kLanesOfRow;
 
-  const int64_t query_blocks = ceil_div(p.queries, kAttentionRows);
+  const int queries = static_cast<int>(p.queries), all_keys = static_cast<int>(p.keys);
+  const int depth = static_cast<int>(p.depth), query_blocks = (queries + kAttentionRows - 1) / kAttentionRows;
   const int64_t b = blockIdx.x / query_blocks / p.heads, h = blockIdx.x / query_blocks % p.heads;
   const int64_t hkv = h / (p.heads / p.kv_heads);
   // With a causal mask the last blocks have most to do, so they begin.
-  const int64_t q0 = (query_blocks - 1 - blockIdx.x % query_blocks) * kAttentionRows;
-  const int64_t column0 = static_cast<int64_t>(blockIdx.z) * kWidth;
-  const int64_t causal_end = q0 + kAttentionRows;
-  const int64_t keys = p.causal && causal_end < p.keys ? causal_end : p.keys;
-  const int64_t depth_slices = ceil_div(p.depth, kAttentionSlice);
+  const int q0 = (query_blocks - 1 - static_cast<int>(blockIdx.x % query_blocks)) * kAttentionRows;
+  const int column0 = static_cast<int>(blockIdx.z) * kWidth, columns = static_cast<int>(p.width) - column0;
+  const int keys = p.causal && q0 + kAttentionRows < all_keys ? q0 + kAttentionRows : all_keys;
   const bool scores_move = p.dquery.data != nullptr || p.dkey.data != nullptr;
   const S scale = static_cast<S>(p.scale), lowest = -static_cast<S>(INFINITY);
   const T* const query = p.query.at(0, b, h) + q0 * p.query.row;
@@ -153,38 +152,38 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
 
   int buffer = 0;
-  const int64_t from = static_cast<int64_t>(blockIdx.y) * per_group;
-  const int64_t to = from + per_group < p.k ? from + per_group : p.k;
-  for (int64_t first = from; first < to; first += kChunk) {
+  const int from = static_cast<int>(blockIdx.y) * per_group, k_all = static_cast<int>(p.k);
+  const int to = k_all - from < per_group ? k_all : from + per_group;
+  for (int first = from; first < to; first += kChunk) {
     const bool begins = first == from;
-    const int chunk = to - first < kChunk ? static_cast<int>(to - first) : kChunk;
+    const int chunk = to - first < kChunk ? to - first : kChunk;
     S dout[kChunk][kOwn][kParts][4] = {}, shift[kChunk][kOwn] = {};
 
-    const auto load_depth = [&](int64_t j0, int64_t slice) {
+    const auto load_depth = [&](int j0, int c) {
       unsigned char* const at = shared + buffer * Shared::kSliceBytes;
-      const int64_t c = slice * kAttentionSlice, columns = p.depth - c, rows = p.queries - q0, left = p.keys - j0;
+      const int rows = queries - q0, left = all_keys - j0;
       load_slice<kAttentionRows, kAttentionSlice, kSlicePitch<T>>(at + Shared::kQuery, query + c, p.query.row, rows,
-                                                                  columns, p.query.packs);
+                                                                  depth - c, p.query.packs);
       load_slice<kKeys, kAttentionSlice, kSlicePitch<T>>(at + Shared::kKey, key + j0 * p.key.row + c, p.key.row, left,
-                                                         columns, p.key.packs);
+                                                         depth - c, p.key.packs);
 #pragma unroll 1
       for (int i = 0; i < chunk; ++i) {
         if (p.dquery.data != nullptr) {
           load_slice<kAttentionRows, kAttentionSlice, kSlicePitch<D>>(
               at + Shared::kDquery + i * kAttentionRows * kSlicePitch<D>,
-              p.dquery.at(first + i, b, h) + q0 * p.dquery.row + c, p.dquery.row, rows, columns, p.dquery.packs);
+              p.dquery.at(first + i, b, h) + q0 * p.dquery.row + c, p.dquery.row, rows, depth - c, p.dquery.packs);
         }
         if (p.dkey.data != nullptr) {
           load_slice<kKeys, kAttentionSlice, kSlicePitch<D>>(at + Shared::kDkey + i * kKeys * kSlicePitch<D>,
                                                              p.dkey.at(first + i, b, hkv) + j0 * p.dkey.row + c,
-                                                             p.dkey.row, left, columns, p.dkey.packs);
+                                                             p.dkey.row, left, depth - c, p.dkey.packs);
         }
       }
       copy_async_commit();
     };
-    const auto load_values = [&](int64_t j) {
+    const auto load_values = [&](int j) {
       unsigned char* const at = shared + buffer * Shared::kSliceBytes;
-      const int64_t left = p.keys - j, columns = p.width - column0;
+      const int left = all_keys - j;
       load_slice<kAttentionSlice, kWidth, kWidth * sizeof(T)>(at + Shared::kValue, value + j * p.value.row, p.value.row,
                                                               left, columns, p.value.packs);
 #pragma unroll 1
@@ -197,16 +196,16 @@ __global__ void __launch_bounds__(kAttentionThreads)
     };
 
     if (keys > 0) load_depth(0, 0);
-    for (int64_t j0 = 0; j0 < keys; j0 += kKeys) {
-      const int64_t end = j0 + kKeys < keys ? j0 + kKeys : keys;
+    for (int j0 = 0; j0 < keys; j0 += kKeys) {
+      const int end = j0 + kKeys < keys ? j0 + kKeys : keys;
       S score[kOwn][kCols] = {}, dscore[kChunk][kOwn][kCols] = {};  // rows y + 16 i, keys x + 16 j
-      for (int64_t slice = 0; slice < depth_slices; ++slice) {
+      for (int c0 = 0; c0 < depth; c0 += kAttentionSlice) {
         copy_async_wait<0>();
         __syncthreads();  // the slice has arrived, and nobody reads the other buffer any more
         const unsigned char* const at = shared + buffer * Shared::kSliceBytes;
         buffer ^= 1;
-        if (slice + 1 < depth_slices) {
-          load_depth(j0, slice + 1);
+        if (c0 + kAttentionSlice < depth) {
+          load_depth(j0, c0 + kAttentionSlice);
         } else {
           load_values(j0);
         }
@@ -262,15 +261,15 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) {
-        const int64_t row = q0 + y + kLanesOfRow * i;
+        const int row = q0 + y + kLanesOfRow * i;
 #pragma unroll
         for (int j = 0; j < kCols; ++j) {
-          const int64_t column = j0 + x + kLanesOfRow * j;
+          const int column = j0 + x + kLanesOfRow * j;
           S& s = score[i][j];
           s *= scale;
-          if (column >= p.keys || (p.causal && column > row)) {
+          if (column >= all_keys || (p.causal && column > row)) {
             s = lowest;
-          } else if (row < p.queries) {
+          } else if (row < queries) {
             s = masked_score(s, p.mask, mask0 + row * p.mask.row + column * p.mask.column);
           }
         }
@@ -312,7 +311,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
       }
       __syncwarp();  // the threads that share rows share a warp
 
-      for (int64_t j = j0; j < end; j += kAttentionSlice) {
+      for (int j = j0; j < end; j += kAttentionSlice) {
         copy_async_wait<0>();
         __syncthreads();
         const unsigned char* const at = shared + buffer * Shared::kSliceBytes;
@@ -387,31 +386,32 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int64_t row = q0 + y + kLanesOfRow * i;
+      const int row = q0 + y + kLanesOfRow * i;
       const int64_t at = ((b * p.heads + h) * p.queries + row) * p.width + column0 + 4 * x;
       if (begins) {
         sum[i] = row_sum(sum[i]);
         sum[i] = sum[i] == S(0) ? S(0) : S(1) / sum[i];  // a row that attends to nothing: zeros
+      }
+      if (begins && blockIdx.y == 0 && row < queries) {
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
+          S own[4];
 #pragma unroll
-          for (int u = 0; u < 4; ++u) out[i][part][u] *= sum[i];
-          if (row < p.queries && blockIdx.y == 0) {
-            write4(p.out + at + 64 * part, out[i][part], p.width - column0 - 64 * part - 4 * x, packs_out);
-          }
+          for (int u = 0; u < 4; ++u) own[u] = out[i][part][u] * sum[i];
+          write4(p.out + at + 64 * part, own, columns - 64 * part - 4 * x, packs_out);
         }
       }
 #pragma unroll
       for (int t = 0; t < kChunk; ++t) {
-        const S total = row_sum(shift[t][i]);
+        const S total = row_sum(shift[t][i]) * sum[i];
+        if (t < chunk && row < queries) {
+          D* const target = p.dout + int64_t{first + t} * p.batch * p.heads * p.queries * p.width + at;
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          S moved[4];
+          for (int part = 0; part < kParts; ++part) {
+            S moved[4];
 #pragma unroll
-          for (int u = 0; u < 4; ++u) moved[u] = (dout[t][i][part][u] - total * out[i][part][u]) * sum[i];
-          if (row < p.queries && t < chunk) {
-            write4(p.dout + (first + t) * p.batch * p.heads * p.queries * p.width + at + 64 * part, moved,
-                   p.width - column0 - 64 * part - 4 * x, packs_out);
+            for (int u = 0; u < 4; ++u) moved[u] = (dout[t][i][part][u] - total * out[i][part][u]) * sum[i];
+            write4(target + 64 * part, moved, columns - 64 * part - 4 * x, packs_out);
           }
         }
       }

@@ -69,6 +69,16 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
                : "memory");
 }
 
+/// The same with each matrix transposed: out[j] is column g, rows 2t and 2t + 1 of matrix j. For a B whose rows, along
+/// k, lie in shared memory.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(from)
+               : "memory");
+}
+
 #else
 
 template <class E>
@@ -126,6 +136,21 @@ inline void load_matrices(uint32_t (&out)[4], const void* row, int line = __buil
   for (int j = 0; j < 4; ++j) {
     const char* from = cuda_on_cpu::from_lane<const char*>(slots, 8 * j + lane / 4);
     std::memcpy(&out[j], from + lane % 4 * sizeof(uint32_t), sizeof(uint32_t));
+  }
+}
+
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row, int line = __builtin_LINE()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    cuda_on_cpu::fail("load_matrices_transposed in line %d: a row is not aligned", line);
+  const unsigned char* slots = cuda_on_cpu::exchange(kFullWarp, &row, sizeof(row), "load_matrices_transposed", line);
+  const int lane = static_cast<int>(cuda_on_cpu::lane());
+  for (int j = 0; j < 4; ++j) {
+    uint16_t pair[2];
+    for (int half = 0; half < 2; ++half) {
+      const char* from = cuda_on_cpu::from_lane<const char*>(slots, 8 * j + lane % 4 * 2 + half);
+      std::memcpy(&pair[half], from + lane / 4 * sizeof(uint16_t), sizeof(uint16_t));
+    }
+    out[j] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
   }
 }
 

@@ -51,6 +51,14 @@ inline int64_t blocks_of_device(int per_multiprocessor) {
   return int64_t{count} * per_multiprocessor;
 }
 
+/// Bytes of shared memory that one block may have on the current device.
+inline int64_t shared_memory_of_device() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  return bytes;
+}
+
 /// Starts copying 16 bytes from global to shared memory, both 16-byte aligned; zeros where `inside` is false.
 __device__ __forceinline__ void copy_async16(void* shared, const void* global, bool inside) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

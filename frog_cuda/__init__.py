@@ -10,6 +10,7 @@ from .convert import convert, coverage
 from .dual import DualTensor
 from .forward_gradient import ForwardGradient, forward_gradient
 from .functional import jvp
+from .seed_log import SeedLog
 from .simulated import simulate
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DualTensor",
     "ForwardGradient",
+    "SeedLog",
     "__version__",
     "aggregate",
     "build_info",

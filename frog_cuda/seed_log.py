@@ -1,0 +1,243 @@
+"""A training run as its initial weights and, for each step, a seed and k numbers.
+
+Tangents are a pure function of (seed, step), so an update of any number of parameters is known from k coefficients. Replaying a
+log needs neither data nor forward passes; a rank that lags behind, or a new one, needs nothing else to catch up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .distributions import Distribution, LowRank, StandardBasis, Supplied
+from .forward_gradient import ForwardGradient
+from .tangents import Piece, TangentSet, resolve
+from .weight import WeightPerturbation
+
+__all__ = ["SeedLog"]
+
+_MAGIC = b"frog_cuda seed log 1\n"
+_HEAD = struct.Struct("<qII")  # seed, step, CRC-32 of seed, step and coefficients
+_KEYED = struct.Struct("<qI")
+
+
+class Record(NamedTuple):
+    """One update: ``p += V c`` with the base tangents of (seed, step); coefficients float32 (k,)."""
+
+    seed: int
+    step: int
+    coefficients: Tensor
+
+
+class SeedLog:
+    """Writes down every update of a weight-perturbed run: 16 + 4 k bytes a step.
+
+    ``log.update_(lr)`` takes the place of ``fg.update_(lr)``. The coefficients are rounded to float32 before they are applied,
+    so that a replay applies the same numbers and gives the same parameters, bit for bit on the same kind of device. Buffers,
+    such as running statistics, are not part of the log.
+
+    Arguments:
+        path: of the file. A log of the same run that is there is continued; its last record may be incomplete, as a killed
+            process leaves it, and is then dropped.
+        fg: with ``perturb="weight"`` and tangents that are drawn, not supplied. Its parameters are taken as the initial weights
+            of a new log.
+    Raises:
+        ValueError: activities are perturbed, tangents are supplied, or the file there is no log, is damaged, or belongs to
+            other parameters, another k or other tangents; the message says which.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/run.seeds"
+    >>> model, twin = nn.Linear(4, 3), nn.Linear(4, 3)
+    >>> _ = twin.load_state_dict(model.state_dict())
+    >>> fg = ForwardGradient(model, nn.MSELoss(), k=2, perturb="weight")
+    >>> with SeedLog(path, fg) as log:
+    ...     for _ in range(5):
+    ...         loss = fg.derivatives(torch.ones(1, 4), torch.zeros(1, 3))
+    ...         log.update_(0.1)
+    >>> SeedLog.replay(path, twin)
+    5
+    >>> torch.equal(model.weight, twin.weight)
+    True
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fg: ForwardGradient) -> None:
+        method = fg._method
+        if not isinstance(method, WeightPerturbation):
+            raise ValueError("SeedLog: only for perturb='weight'; gradients of perturbed activities are not replayed")
+        if isinstance(fg.distribution, Supplied):
+            raise ValueError("SeedLog: supplied tangents cannot be replayed from a seed")
+        self.fg, self._method, self.path = fg, method, Path(path)
+        self._names: list[str] | None = None  # of the parameters that take part, once known
+        header = {
+            "k": fg.k,
+            "tangents": _describe(fg.distribution),
+            "parameters": [[p.name, list(p.shape), p.offset] for p in method.pieces],
+            "total": method.total,
+        }
+        if self.path.exists() and self.path.stat().st_size > 0:
+            found, start = _read_header(self.path)
+            for key, value in header.items():
+                if found[key] != value:
+                    raise ValueError(f"SeedLog: {self.path} was written with other {key}: {found[key]!r}, not {value!r}")
+            complete = start + sum(1 for _ in records(self.path)) * _record_size(fg.k)
+            self._file: BinaryIO = self.path.open("r+b")
+            self._file.truncate(complete)
+            self._file.seek(complete)
+            self._names = found["taking_part"]
+            self._fresh = False
+        else:
+            self._header = header | {"initial": checksum(method.parameters)}
+            self._file = self.path.open("wb")
+            self._fresh = True
+
+    def update_(self, lr: float) -> None:
+        """``p -= lr * estimate`` in place, written down first.
+
+        Raises:
+            RuntimeError: there was no call yet, or other parameters took part than before.
+            ValueError: the aggregation is a custom one, whose result is no combination of tangents.
+        """
+        estimate, tangents = self.fg._latest("SeedLog.update_")
+        if estimate.base_coefficients is None:
+            raise ValueError("SeedLog: a custom aggregation gives no coefficients to write down")
+        names = [p.name for p in self._method.used]
+        if self._names is not None and names != self._names:
+            raise RuntimeError(f"SeedLog: {names} took part, but in the steps before it was {self._names}")
+        if self._fresh:
+            line = json.dumps(self._header | {"taking_part": names}).encode() + b"\n"
+            self._file.write(_MAGIC + line)
+            self._fresh = False
+        self._names = names
+        c = (-float(lr) * estimate.base_coefficients).float().cpu()
+        self._file.write(_pack(Record(tangents.seed, tangents.step, c)))
+        self._file.flush()
+        _apply(tangents, self._method.used, self._method.parameters, c)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> SeedLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @staticmethod
+    def replay(path: str | os.PathLike[str], model: nn.Module, *, start: int = 0, stop: int | None = None) -> int:
+        """Brings a model's parameters from the state before record ``start`` to that before record ``stop``.
+
+        Arguments:
+            path: of a log.
+            model: with ``start=0``, holding the run's initial weights, which is checked.
+            start, stop: numbers of records; ``stop=None`` means all that are complete.
+        Returns:
+            the number of records applied.
+        Raises:
+            ValueError: the file is no log or is damaged, the model's parameters are others, or do not hold the initial weights.
+        """
+        header, _ = _read_header(Path(path))
+        own = dict(model.named_parameters())
+        pieces = [Piece(name, tuple(shape), offset) for name, shape, offset in header["parameters"]]
+        for piece in pieces:
+            if piece.name not in own or tuple(own[piece.name].shape) != piece.shape:
+                what = tuple(own[piece.name].shape) if piece.name in own else "missing"
+                raise ValueError(f"SeedLog: parameter {piece.name} is {what} in the model, but {piece.shape} in {path}")
+        parameters: dict[str, Tensor] = {p.name: own[p.name] for p in pieces}
+        if start == 0 and checksum(parameters) != header["initial"]:
+            raise ValueError(f"SeedLog: the model does not hold the initial weights of {path}")
+        distribution, used = _restore(header["tangents"]), [p for p in pieces if p.name in header["taking_part"]]
+        device, count = next(iter(parameters.values())).device, 0
+        for i, record in enumerate(records(Path(path))):
+            if i < start:
+                continue
+            if stop is not None and i >= stop:
+                break
+            drawn = TangentSet(distribution, header["k"], record.seed, record.step, device, header["total"], pieces)
+            _apply(drawn, used, parameters, record.coefficients)
+            count += 1
+        return count
+
+
+def records(path: Path) -> Iterator[Record]:
+    """The complete records of a log, in order.
+
+    Raises:
+        ValueError: a record does not match its checksum. The last one is let go if it is cut short.
+    """
+    header, start = _read_header(path)
+    size = _record_size(header["k"])
+    with path.open("rb") as file:
+        file.seek(start)
+        for i in range(2**62):
+            raw = file.read(size)
+            if len(raw) < size:
+                return
+            seed, step, crc = _HEAD.unpack_from(raw)
+            if zlib.crc32(_KEYED.pack(seed, step) + raw[_HEAD.size :]) != crc:
+                raise ValueError(f"SeedLog: {path} is damaged: record {i} does not match its checksum")
+            yield Record(seed, step, torch.frombuffer(bytearray(raw[_HEAD.size :]), dtype=torch.float32))
+
+
+def checksum(parameters: dict[str, Tensor]) -> str:
+    """SHA-256 over names and bytes of parameters."""
+    digest = hashlib.sha256()
+    for name, p in parameters.items():
+        digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
+        digest.update(p.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _apply(tangents: TangentSet, pieces: list[Piece], parameters: dict[str, Tensor], coefficients: Tensor) -> None:
+    with torch.no_grad():
+        for piece in pieces:
+            p = parameters[piece.name]
+            tangents.axpy_(p.detach(), piece, coefficients.double().to(p.device), 1.0)
+            torch.autograd.graph.increment_version(p)
+
+
+def _record_size(k: int) -> int:
+    return _HEAD.size + 4 * k
+
+
+def _pack(record: Record) -> bytes:
+    values = record.coefficients.numpy().astype("<f4").tobytes()
+    keyed = _KEYED.pack(record.seed, record.step)
+    return _HEAD.pack(record.seed, record.step, zlib.crc32(keyed + values)) + values
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the records begin."""
+    with path.open("rb") as file:
+        if file.readline() != _MAGIC:
+            raise ValueError(f"SeedLog: {path} is no seed log")
+        line = file.readline()
+        try:
+            header = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"SeedLog: {path} is damaged: its header cannot be read ({error})") from None
+        missing = {"k", "tangents", "parameters", "total", "initial", "taking_part"} - set(header)
+        if missing:
+            raise ValueError(f"SeedLog: {path} is damaged: its header lacks {', '.join(sorted(missing))}")
+        return header, file.tell()
+
+
+def _describe(distribution: Distribution) -> dict[str, Any]:
+    """What draws the base tangents; how they are mixed is in the coefficients already."""
+    if isinstance(distribution, LowRank):
+        return {"base": distribution.base, "rank": distribution.r}
+    return {"base": distribution.base}
+
+
+def _restore(description: dict[str, Any]) -> Distribution:
+    if "rank" in description:
+        return LowRank(description["rank"], description["base"])
+    return StandardBasis() if description["base"] == "standard_basis" else resolve(description["base"])

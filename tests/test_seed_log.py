@@ -1,0 +1,160 @@
+"""A run replayed from seeds and coefficients gives the parameters of the run, bit for bit; damaged logs are named."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import frog_cuda as frog
+from frog_cuda import SeedLog
+from frog_cuda.seed_log import records
+from frog_cuda.tangents import Cone, LowRank
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Linear(9, 3))
+
+
+def estimator(model: nn.Module, **options) -> frog.ForwardGradient:
+    return frog.ForwardGradient(model, nn.MSELoss(), **({"k": 3, "perturb": "weight", "seed": -7} | options))
+
+
+def run(log: SeedLog, steps: int, lr: float = 0.05) -> list[dict[str, torch.Tensor]]:
+    """The parameters before each step, and after the last."""
+    seen = [copy.deepcopy(log.fg.model.state_dict())]
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        log.fg.derivatives(torch.randn(4, 5, generator=generator), torch.randn(4, 3, generator=generator))
+        log.update_(lr / (1 + step))
+        seen.append(copy.deepcopy(log.fg.model.state_dict()))
+    return seen
+
+
+def equal(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_thousand_steps(tmp_path):
+    path, twin = tmp_path / "log", net()
+    with SeedLog(path, estimator(net())) as log:
+        seen = run(log, 1000)
+    assert SeedLog.replay(path, twin) == 1000 and equal(twin, seen[-1])
+    header = len(path.read_bytes()) - 1000 * (16 + 4 * 3)
+    assert 0 < header < 1000
+    assert [r.step for r in records(path)] == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    "tangents", ["normal", "rademacher", "orthonormal", "standard_basis", "varying_length", Cone(30.0), LowRank(1)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_distribution_and_dtype(tmp_path, tangents, dtype):
+    path, twin = tmp_path / "log", net().to(dtype)
+    with SeedLog(path, estimator(net().to(dtype), tangents=tangents)) as log:
+        log.fg.derivatives(torch.ones(2, 5, dtype=dtype), torch.zeros(2, 3, dtype=dtype))
+        log.update_(0.1)
+        log.fg.derivatives(torch.ones(2, 5, dtype=dtype), torch.zeros(2, 3, dtype=dtype))
+        log.update_(0.1)
+    assert SeedLog.replay(path, twin) == 2 and equal(twin, log.fg.model.state_dict())
+
+
+def test_what_lags_behind_catches_up(tmp_path):
+    path, twin = tmp_path / "log", net()
+    with SeedLog(path, estimator(net())) as log:
+        seen = run(log, 10)
+        assert SeedLog.replay(path, twin, stop=4) == 4 and equal(twin, seen[4])
+        assert SeedLog.replay(path, twin, start=4, stop=7) == 3 and equal(twin, seen[7])
+        assert SeedLog.replay(path, twin, start=7) == 3 and equal(twin, seen[10])
+
+
+def test_the_update_is_that_of_the_estimate(tmp_path):
+    with SeedLog(tmp_path / "log", estimator(net().double())) as log:
+        plain = estimator(net().double())
+        for fg in (log.fg, plain):
+            fg.derivatives(torch.ones(2, 5).double(), torch.zeros(2, 3).double())
+        log.update_(0.1)
+        plain.update_(0.1)
+    for p, q in zip(log.fg.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # coefficients have 24 bits
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    path, whole = tmp_path / "log", tmp_path / "whole"
+    with SeedLog(whole, estimator(net())) as log:
+        expected = run(log, 8)
+    with SeedLog(path, estimator(net())) as log:
+        run(log, 5)
+    with path.open("ab") as file:
+        file.write(whole.read_bytes()[-11:])  # a record that was cut short
+    model = net()
+    assert SeedLog.replay(path, model) == 5
+    fg = estimator(model)
+    fg.load_state_dict({"seed": -7, "step": 5})
+    with SeedLog(path, fg) as log:
+        for step in range(5, 8):
+            generator = torch.Generator().manual_seed(step)
+            fg.derivatives(torch.randn(4, 5, generator=generator), torch.randn(4, 3, generator=generator))
+            log.update_(0.05 / (1 + step))
+    assert equal(model, expected[-1]) and path.read_bytes() == whole.read_bytes()
+
+
+def test_frozen_parameters_and_those_that_take_no_part(tmp_path):
+    def parts() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"used": nn.Linear(5, 3), "idle": nn.Linear(2, 2), "frozen": nn.Linear(3, 3)})
+        model["frozen"].requires_grad_(False)
+        model.forward = lambda x: model["frozen"](model["used"](x))
+        return model
+
+    path, twin = tmp_path / "log", parts()
+    with SeedLog(path, estimator(parts())) as log:
+        seen = run(log, 3)
+    assert SeedLog.replay(path, twin) == 3 and equal(twin, seen[-1])
+
+
+def test_bad_use_is_named(tmp_path):
+    path = tmp_path / "log"
+    with pytest.raises(ValueError, match="SeedLog: only for perturb='weight'"):
+        SeedLog(path, frog.ForwardGradient(net(), nn.MSELoss(), k=2))
+    with pytest.raises(ValueError, match="supplied tangents cannot be replayed"):
+        SeedLog(path, estimator(net(), tangents=lambda k, n, generator: torch.ones(k, n)))
+    with (
+        SeedLog(path, estimator(net(), aggregate=lambda v, d: d @ v)) as log,
+        pytest.raises(ValueError, match="custom aggregation"),
+    ):
+        run(log, 1)
+    with SeedLog(path, estimator(net())) as log, pytest.raises(RuntimeError, match="no gradient was estimated yet"):
+        log.update_(0.1)
+    with SeedLog(path, estimator(net())) as log:
+        run(log, 2)
+    with pytest.raises(ValueError, match="was written with other k: 3, not 4"):
+        SeedLog(path, estimator(net(), k=4))
+    with pytest.raises(ValueError, match="was written with other tangents"):
+        SeedLog(path, estimator(net(), tangents="rademacher"))
+    with pytest.raises(ValueError, match="parameter 0.weight is \\(6, 5\\) in the model, but \\(9, 5\\)"):
+        SeedLog.replay(path, nn.Sequential(nn.Linear(5, 6)))
+    with pytest.raises(ValueError, match="parameter 0.weight is missing in the model"):
+        SeedLog.replay(path, nn.Linear(5, 9))
+    other = net()
+    nn.init.zeros_(other[0].weight)
+    with pytest.raises(ValueError, match="does not hold the initial weights"):
+        SeedLog.replay(path, other)
+
+
+def test_damage_is_named(tmp_path):
+    path = tmp_path / "log"
+    with SeedLog(path, estimator(net())) as log:
+        run(log, 3)
+    sound = path.read_bytes()
+    for at, said in ((-30, "record 1 does not match its checksum"), (3, "is no seed log"), (25, "header cannot be read|lacks")):
+        damaged = bytearray(sound)
+        damaged[at] ^= 0x55
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=said):
+            SeedLog.replay(path, net())
+    path.write_bytes(sound[:-1])
+    assert SeedLog.replay(path, net()) == 2

@@ -1,0 +1,205 @@
+// A tile of a sampled weight tangent, [kRows, kChunk] in shared memory, drawn by all threads of a block and multiplied
+// with many rows of x before the next one takes its place. Element (row, column) of the tile of chunk c is element
+// start + row * in + kChunk * c + column of the tangent; groups of elements that one call or eight calls of Philox give
+// start wherever `start` and `in` put them.
+//
+// Normal: a chunk is as long as a group, 64 elements, and touches two groups of a row unless they start together. A
+// thread has the same two calls of every chunk, one for each half of the preparation; what they gave for the group
+// before waits in registers, so that nothing is drawn twice.
+//
+// Rademacher: a call gives 128 bits that lie in two places 512 elements apart, so the bits of kSignColumns columns are
+// drawn at a time, and shifted into place as tiles are made of them.
+#pragma once
+
+#include "draw.cuh"
+
+namespace frog {
+
+constexpr int kChunk = 64;          // columns of a tile
+constexpr int kSignColumns = 1024;  // columns of signs drawn at a time
+constexpr int kSignChunks = kSignColumns / kChunk;
+constexpr int kSignWords = kSignColumns / 32 + 1;  // of a row: odd, so that rows start in different banks
+
+/// Where element (row, column) of a tile [*, kColumns] lies: 16-byte pieces of a row are exchanged so that the pieces
+/// of 8 rows in one column are in different banks.
+template <class E, int kColumns>
+__device__ __forceinline__ int place(int row, int column) {
+  constexpr int kPiece = kPack<E>, kPieces = kColumns / kPiece;
+  static_assert(kPieces == 4 || kPieces % 8 == 0);
+  const int exchange = kPieces == 4 ? row / 2 & 3 : row & 7;
+  return row * kColumns + ((column / kPiece) ^ exchange) * kPiece + column % kPiece;
+}
+
+/// How a tangent element of a product in T is represented: kParts elements of E that add up to it.
+template <class T, int64_t kDistribution>
+struct TangentParts {
+  using E = T;  // bfloat16, float16, double
+  static constexpr int kParts = 1;
+  __device__ static __forceinline__ void split(float v, E (&parts)[kParts]) { parts[0] = narrow<T>(v); }
+};
+/// float32: three bfloat16 of 8 bits each, cut off so that they add up exactly; a sign needs one.
+template <int64_t kDistribution>
+struct TangentParts<float, kDistribution> {
+  using E = bf16;
+  static constexpr int kParts = kDistribution == kRademacher ? 1 : 3;
+  __device__ static __forceinline__ void split(float v, E (&parts)[kParts]) {
+#pragma unroll
+    for (int p = 0; p < kParts; ++p) {
+      const uint32_t high = float_bits(v) & 0xFFFF0000u;
+      parts[p] = {static_cast<uint16_t>(high >> 16)};
+      v -= bits_float(high);
+    }
+  }
+};
+
+/// Which tangent elements a block works on.
+struct TangentRows {
+  Stream stream;
+  int64_t tangent;
+  uint64_t start, in;  // element index of the tile's first row in the block's first column; elements from row to row
+  int live;            // rows of the tile that exist; the others are not drawn
+  int columns;         // of the block
+  bool quads;          // start and in are multiples of 4
+};
+
+// prepare<half>() is called for chunks kFirst, kFirst + 1, ..., for half 0 and then half 1 of each, by all threads.
+// Those below 0 fill no tile.
+
+template <class Parts, int kRows, int kThreads>
+struct NormalTile {
+  using E = typename Parts::E;
+  static_assert(kRows * kCallsPerGroup == 2 * kThreads);
+  static constexpr int kShared = 0;  // bytes beside the tile
+  static constexpr int kFirst = -1;  // draws what the first tile starts with
+
+  float now[8] = {}, other[8] = {};  // what the latest calls of this half and of the other one gave
+
+  __device__ __forceinline__ void prepare(const TangentRows& t, int chunk, int half, E* tile) {
+    // Of eight rows, those that half a warp stores to lie four apart: their pieces are in different banks.
+    const int task = half * kThreads + static_cast<int>(threadIdx.x), line = task / kCallsPerGroup;
+    const int row = (line & ~7) | (line & 1) << 2 | (line >> 1 & 3), call = task % kCallsPerGroup;
+    if (row < t.live) {
+      const uint64_t at = t.start + row * t.in;
+      const int late = static_cast<int>(at % kChunk);  // elements of the first group that come before the row
+      float next[8];
+#pragma unroll
+      for (int e = 0; e < 8; ++e) next[e] = now[e];
+      if (t.columns - chunk * kChunk > kChunk - late) {  // else this tile's columns end before the next group
+        const uint64_t group = at / kChunk + static_cast<uint64_t>(chunk + 1);
+        normal_elements(draw_words(t.stream, t.tangent, group * kCallsPerGroup + call), next);
+      }
+      if (chunk >= 0) store(tile, row, normal_place(call) - late, t.quads, next);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) now[e] = next[e];
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float swapped = now[e];
+      now[e] = other[e], other[e] = swapped;
+    }
+  }
+
+  // The two quads of a call, 32 columns apart: from this group where they come at column 0 or later, else from the
+  // next.
+  __device__ __forceinline__ void store(E* tile, int row, int column, bool quads, const float (&next)[8]) const {
+#pragma unroll
+    for (int h = 0; h < 8; h += 4) {
+      const int first = column + 8 * h;
+      E parts[4][Parts::kParts];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) Parts::split(first + e >= 0 ? now[h + e] : next[h + e], parts[e]);
+#pragma unroll
+      for (int p = 0; p < Parts::kParts; ++p) {
+        E* const to = tile + p * kRows * kChunk;
+        if (quads) {
+          constexpr int kAtOnce = kPack<E> < 4 ? kPack<E> : 4;
+#pragma unroll
+          for (int e = 0; e < 4; e += kAtOnce) {
+            Pack<E, kAtOnce> pack;
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) pack.at[j] = parts[e + j][p];
+            *reinterpret_cast<Pack<E, kAtOnce>*>(to + place<E, kChunk>(row, (first & (kChunk - 1)) + e)) = pack;
+          }
+        } else {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) to[place<E, kChunk>(row, (first + e) & (kChunk - 1))] = parts[e][p];
+        }
+      }
+    }
+  }
+};
+
+template <class Parts, int kRows, int kThreads>
+struct SignTile {
+  using E = typename Parts::E;
+  static_assert(kRows * (kChunk / 8) == 2 * kThreads);
+  static constexpr int kShared = kRows * kSignWords * sizeof(uint32_t);
+  static constexpr int kFirst = 0;
+
+  uint32_t* words;  // [kRows, kSignWords]: bits of a row from that of its first column's word on
+
+  // The bits of chunks first .. first + kSignChunks, or up to the last one; all of a chunk, also beyond the row's end.
+  __device__ __forceinline__ void draw_signs(const TangentRows& t, int first) {
+    const int left = (t.columns + kChunk - 1) / kChunk * kChunk - kChunk * first;
+    const int columns = left < kSignColumns ? left : kSignColumns;
+    const bool whole = t.start % kRademacherGroup == 0 && t.in % kRademacherGroup == 0;
+    const int calls = whole ? kCallsPerGroup : 2 * kCallsPerGroup;  // of the groups that a row can touch
+    for (int task = static_cast<int>(threadIdx.x); task < t.live * calls; task += kThreads) {
+      const int row = task / calls, call = task % kCallsPerGroup, next = task % calls / kCallsPerGroup;
+      const uint64_t at = t.start + row * t.in + kChunk * first;
+      const int skipped = static_cast<int>(at % kRademacherGroup) / 32;  // words of the first group before the row
+      const int last = (static_cast<int>(at % 32) + columns - 1) / 32;
+      bool wanted = false;
+      int to[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        to[w] = 32 * next + sign_run(call, w) - skipped;
+        wanted |= to[w] >= 0 && to[w] <= last;
+      }
+      if (!wanted) continue;
+      const uint64_t group = at / kRademacherGroup + next;
+      const PhiloxWords drawn = draw_words(t.stream, t.tangent, group * kCallsPerGroup + call);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        if (to[w] >= 0 && to[w] <= last) words[row * kSignWords + to[w]] = drawn.w[w];
+      }
+    }
+    __syncthreads();
+  }
+
+  // Elements of eight bits, 16 bytes at a time.
+  __device__ static __forceinline__ void store(E* to, int row, int column, uint32_t bits) {
+#pragma unroll
+    for (int e = 0; e < 8; e += kPack<E>) {
+      Pack<E, kPack<E>> pack;
+      if constexpr (sizeof(E) == 2) {
+        const uint32_t one = sign_element<E>(0).bits;
+        uint32_t pairs[kPack<E> / 2];
+#pragma unroll
+        for (int j = 0; j < kPack<E> / 2; ++j) {  // bit 0 to bit 15, bit 1 to bit 31
+          pairs[j] = ((bits >> (e + 2 * j) & 3u) * 0x40008000u & 0x80008000u) | one << 16 | one;
+        }
+        memcpy(&pack, pairs, sizeof(pack));
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPack<E>; ++j) pack.at[j] = sign_element<E>(bits >> (e + j) & 1u);
+      }
+      *reinterpret_cast<Pack<E, kPack<E>>*>(to + place<E, kChunk>(row, column + e)) = pack;
+    }
+  }
+
+  __device__ __forceinline__ void prepare(const TangentRows& t, int chunk, int half, E* tile) {
+    if (half == 0 && chunk % kSignChunks == 0) draw_signs(t, chunk);
+    const int task = half * kThreads + static_cast<int>(threadIdx.x);
+    const int row = task / (kChunk / 8), column = task % (kChunk / 8) * 8;
+    if (row >= t.live) return;
+    const int at = static_cast<int>((t.start + row * t.in) % 32) + chunk % kSignChunks * kChunk + column;
+    const uint32_t* const from = words + row * kSignWords + at / 32;
+    const int shift = at % 32;
+    uint32_t bits = from[0] >> shift;
+    if (shift > 24) bits |= from[1] << (32 - shift);
+    store(tile, row, column, bits);
+  }
+};
+
+}  // namespace frog

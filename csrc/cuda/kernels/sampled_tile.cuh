@@ -52,6 +52,35 @@ struct TangentParts<float, kDistribution> {
   }
 };
 
+/// The eight elements of a normal call, kept in as few registers as they need.
+template <class Parts>
+struct KeptCall {
+  static constexpr bool kPairs = sizeof(typename Parts::E) == 2 && Parts::kParts == 1;
+  std::conditional_t<kPairs, uint32_t, float> at[kPairs ? 4 : 8] = {};
+
+  __device__ __forceinline__ void put(const float (&v)[8]) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      if constexpr (kPairs) {
+        typename Parts::E parts[1];
+        Parts::split(v[e], parts);
+        at[e / 2] = e % 2 == 0 ? parts[0].bits : at[e / 2] | static_cast<uint32_t>(parts[0].bits) << 16;
+      } else {
+        at[e] = v[e];
+      }
+    }
+  }
+  /// Element e of `first` or else of `second`. (Values are chosen, not calls: registers have no address.)
+  __device__ static __forceinline__ void get(bool of_first, const KeptCall& first, const KeptCall& second, int e,
+                                             typename Parts::E (&parts)[Parts::kParts]) {
+    if constexpr (kPairs) {
+      parts[0] = {static_cast<uint16_t>((of_first ? first.at[e / 2] : second.at[e / 2]) >> (16 * (e % 2)))};
+    } else {
+      Parts::split(of_first ? first.at[e] : second.at[e], parts);
+    }
+  }
+};
+
 /// Which tangent elements a block works on.
 struct TangentRows {
   Stream stream;
@@ -72,7 +101,7 @@ struct NormalTile {
   static constexpr int kShared = 0;  // bytes beside the tile
   static constexpr int kFirst = -1;  // draws what the first tile starts with
 
-  float now[8] = {}, other[8] = {};  // what the latest calls of this half and of the other one gave
+  KeptCall<Parts> now, other;  // what the latest calls of this half and of the other one gave
 
   __device__ __forceinline__ void prepare(const TangentRows& t, int chunk, int half, E* tile) {
     // Of eight rows, those that half a warp stores to lie four apart: their pieces are in different banks.
@@ -81,33 +110,29 @@ struct NormalTile {
     if (row < t.live) {
       const uint64_t at = t.start + row * t.in;
       const int late = static_cast<int>(at % kChunk);  // elements of the first group that come before the row
-      float next[8];
-#pragma unroll
-      for (int e = 0; e < 8; ++e) next[e] = now[e];
+      KeptCall<Parts> next = now;
       if (t.columns - chunk * kChunk > kChunk - late) {  // else this tile's columns end before the next group
         const uint64_t group = at / kChunk + static_cast<uint64_t>(chunk + 1);
-        normal_elements(draw_words(t.stream, t.tangent, group * kCallsPerGroup + call), next);
+        float v[8];
+        normal_elements(draw_words(t.stream, t.tangent, group * kCallsPerGroup + call), v);
+        next.put(v);
       }
       if (chunk >= 0) store(tile, row, normal_place(call) - late, t.quads, next);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) now[e] = next[e];
+      now = next;
     }
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float swapped = now[e];
-      now[e] = other[e], other[e] = swapped;
-    }
+    const KeptCall<Parts> swapped = now;
+    now = other, other = swapped;
   }
 
   // The two quads of a call, 32 columns apart: from this group where they come at column 0 or later, else from the
   // next.
-  __device__ __forceinline__ void store(E* tile, int row, int column, bool quads, const float (&next)[8]) const {
+  __device__ __forceinline__ void store(E* tile, int row, int column, bool quads, const KeptCall<Parts>& next) const {
 #pragma unroll
     for (int h = 0; h < 8; h += 4) {
       const int first = column + 8 * h;
       E parts[4][Parts::kParts];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) Parts::split(first + e >= 0 ? now[h + e] : next[h + e], parts[e]);
+      for (int e = 0; e < 4; ++e) KeptCall<Parts>::get(first + e >= 0, now, next, h + e, parts[e]);
 #pragma unroll
       for (int p = 0; p < Parts::kParts; ++p) {
         E* const to = tile + p * kRows * kChunk;

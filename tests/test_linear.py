@@ -326,6 +326,16 @@ def test_x_and_dx_that_are_neighbours_in_memory(dtype):
             torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=1e-6)
 
 
+def test_arguments_that_start_within_their_storage():
+    def inner(t: Tensor) -> Tensor:
+        return torch.cat([t[None] + 1, t[None]])[1]
+
+    given = arguments(3, (5, 7), 9, torch.float64, dx=True, weight="given", bias="given", activity="rows")
+    moved = {name: inner(value) if isinstance(value, Tensor) else value for name, value in given.items()}
+    assert moved["x"].storage_offset() > 0
+    check(moved)
+
+
 def test_a_chain_of_layers_gives_neighbours():
     y, dy, _ = ops.linear_jvp(**arguments(3, (5, 7), 9, torch.float32, **SAMPLED))
     assert y.data_ptr() + y.nbytes == dy.data_ptr()

@@ -8,6 +8,7 @@
 // multiply-adds. A thread takes rows of W, draws k tangents of six rows into second-level cache, and multiplies them
 // with x, which is packed once into panels [in, rows of x] so that every vector instruction works on 16 (AVX-512) rows
 // of x.
+#include "../arguments/linear.h"
 #include "pointwise.h"
 #include "product.h"
 
@@ -227,7 +228,7 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
     fresh = !(dbias || addends.activity);
   }
   if (a.dweight) {
-    const Tensor x_k = as_strided(a.x, {k, rows, in}, {0, in, 1}, 0);
+    const Tensor x_k = as_strided(a.x, {k, rows, in}, {0, in, 1}, a.x.storage_offset());
     const Tensor product = torch::stable::matmul(x_k, torch::stable::transpose(*a.dweight, 1, 2));  // [k, rows, out]
     const Tensor dense = torch::stable::contiguous(product);
     const T* add = static_cast<const T*>(dense.const_data_ptr());
@@ -239,13 +240,8 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
   if (a.weight_offset) add_sampled_weight<T>(*a.spec, k, *a.weight_offset, x, rows, in, out, dy, fresh, gram_out);
 }
 
-// `t` checked against `expected`, dense and in the compute type.
-std::optional<Tensor> prepare(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& expected,
-                              ScalarType compute) {
+std::optional<Tensor> prepare(const std::optional<Tensor>& t, ScalarType compute) {
   if (!t) return std::nullopt;
-  check_cpu(kOp, name, *t);
-  check_floating(kOp, name, *t);
-  check_shape(kOp, name, *t, expected);
   return torch::stable::contiguous(to_dtype(*t, compute));
 }
 
@@ -256,57 +252,22 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
                                               int64_t distribution, std::optional<int64_t> weight_offset,
                                               std::optional<int64_t> bias_offset, int64_t activation, double alpha,
                                               double beta, bool want_gram) {
-  check_k(kOp, k);
-  check_cpu(kOp, "x", x);
-  check_floating(kOp, "x", x);
-  STD_TORCH_CHECK(weight.dim() == 2, kOp, ": weight has shape ", shape_string(weight), ", expected (out, in)");
-  const int64_t out = weight.size(0), in = weight.size(1);
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == in, kOp, ": x has shape ", shape_string(x), ", expected (*, ", in, ")");
-  check_dtype(kOp, "weight", weight, x.scalar_type());
-  if (bias) check_dtype(kOp, "bias", *bias, x.scalar_type());
-  STD_TORCH_CHECK(!(dweight && weight_offset), kOp,
-                  ": dweight and weight_offset are both given; accepted is one of them");
-  STD_TORCH_CHECK(!(dbias && bias_offset), kOp, ": dbias and bias_offset are both given; accepted is one of them");
-  STD_TORCH_CHECK(
-      dx || dweight || dbias || activity || weight_offset || bias_offset, kOp,
-      ": nothing is perturbed; give at least one of dx, dweight, dbias, activity, weight_offset, bias_offset");
-  STD_TORCH_CHECK(activation >= 0 && activation <= 10, kOp, ": activation is ", activation, "; accepted are 0 to 10");
-  const bool sampled = weight_offset || bias_offset;
-  STD_TORCH_CHECK(!sampled || state, kOp, ": state is None, but sampled tangents need [seed, step]");
-
+  const LinearArguments given{x, dx,    weight,       bias,          dweight,     dbias,      activity, state,
+                              k, first, distribution, weight_offset, bias_offset, activation, alpha,    beta};
+  given.for_each([](const char* name, const Tensor& t) { check_cpu(kOp, name, t); });
+  const auto [rows, in, out, period, y_shape, dy_shape] = check_linear(kOp, given);
   const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  std::vector<int64_t> y_shape = shape_of(x);
-  y_shape.back() = out;
-  std::vector<int64_t> dy_shape = y_shape, dx_shape = shape_of(x);
-  dy_shape.insert(dy_shape.begin(), k);
-  dx_shape.insert(dx_shape.begin(), k);
-  int64_t rows = 1;
-  for (size_t j = 0; j + 1 < y_shape.size(); ++j) rows *= y_shape[j];
 
   Arguments a;
   a.k = k, a.rows = rows, a.in = in, a.out = out;
-  a.x = torch::stable::view(*prepare("x", x, shape_of(x), compute), {rows, in});
-  a.weight = *prepare("weight", weight, {out, in}, compute);
-  a.dx = prepare("dx", dx, dx_shape, compute);
-  a.bias = prepare("bias", bias, {out}, compute);
-  a.dweight = prepare("dweight", dweight, {k, out, in}, compute);
-  a.dbias = prepare("dbias", dbias, {k, out}, compute);
-  if (activity) {
-    const int64_t d = activity->dim();
-    bool fits = d >= 2 && d <= static_cast<int64_t>(dy_shape.size()) && activity->size(0) == k;
-    for (int64_t j = 1; fits && j < d; ++j) fits = activity->size(-j) == y_shape[y_shape.size() - j];
-    STD_TORCH_CHECK(fits, kOp, ": activity has shape ", shape_string(*activity),
-                    ", expected (k, *s, out) with s a suffix of ", shape_string(y_shape.data(), y_shape.size() - 1),
-                    ", k = ", k, " and out = ", out);
-    int64_t period = 1;
-    for (int64_t j = 1; j + 1 < d; ++j) period *= activity->size(j);
-    a.activity = torch::stable::view(*prepare("activity", activity, shape_of(*activity), compute), {k, period, out});
-  }
-  if (sampled) {
-    a.spec = draw_spec(kOp, *state, k, first, distribution);
-    if (weight_offset) check_range(kOp, out * in, *weight_offset, "weight_offset");
-    if (bias_offset) check_range(kOp, out, *bias_offset, "bias_offset");
-  }
+  a.x = torch::stable::view(*prepare(x, compute), {rows, in});
+  a.weight = *prepare(weight, compute);
+  a.dx = prepare(dx, compute);
+  a.bias = prepare(bias, compute);
+  a.dweight = prepare(dweight, compute);
+  a.dbias = prepare(dbias, compute);
+  if (activity) a.activity = torch::stable::view(*prepare(activity, compute), {k, period, out});
+  if (given.sampled()) a.spec = draw_spec(kOp, *state, k, first, distribution);
   a.weight_offset = weight_offset, a.bias_offset = bias_offset;
 
   const int64_t side = want_gram ? k : 0;
@@ -328,15 +289,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
 // layer cost more than a product of few rows. Many rows take the library's product.
 Tensor linear_gradient(const Tensor& gradient, const Tensor& x) {
   const char* op = "linear_gradient";
-  const Tensor* given[2] = {&gradient, &x};
-  const char* names[2] = {"gradient", "x"};
-  for (int j = 0; j < 2; ++j) {
-    check_cpu(op, names[j], *given[j]);
-    check_floating(op, names[j], *given[j]);
-    check_dtype(op, names[j], *given[j], gradient.scalar_type());
-    STD_TORCH_CHECK(given[j]->dim() == 2 && given[j]->size(0) == gradient.size(0), op, ": ", names[j], " has shape ",
-                    shape_string(*given[j]), ", expected (rows, features) with the same number of rows");
-  }
+  check_cpu(op, "gradient", gradient);
+  check_cpu(op, "x", x);
+  check_linear_gradient(op, gradient, x);
   Tensor out = new_tensor(x, {gradient.size(1), x.size(1)}, gradient.scalar_type());  // [out, in]
   const int64_t rows = x.size(0);
   const auto few = [&](auto zero) {

@@ -43,6 +43,8 @@ void sampled(const T* x, const int64_t* state, const T* dbias, const T* activity
 
 }  // namespace
 
+EXPORTED(add)(double* to, const double* from, int64_t n) { launch_add(to, from, n, nullptr); }
+
 #define FROG_EXPORT(name, T)                                                                                           \
   EXPORTED(sampled_##name)                                                                                             \
   (const T* x, const int64_t* state, const T* dbias, const T* activity, const Compute<T>::type* slope, T* dy,          \

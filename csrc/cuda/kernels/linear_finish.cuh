@@ -172,16 +172,22 @@ void launch_activate_rows(T* y, const T* bias, int64_t rows, int64_t out, int64_
 // ---- standard basis
 
 // dy [k, rows, out]: tangent i is 1 at one coordinate of the global vector. Where that is element (o, c) of the weight
-// [out, in], row r of tangent i gains x [rows, in] at (r, c) in column o; the rest is untouched.
+// [out, in], row r of tangent i gains x [rows, in] at (r, c) in column o; the rest is untouched. A kernel cannot raise:
+// a negative coordinate makes its tangent NaN.
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads)
     basis_product_kernel(const T* __restrict__ x, int64_t rows, int64_t in, int64_t out,
                          const int64_t* __restrict__ coordinates, int64_t offset, T* __restrict__ dy) {
   const int64_t r = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x, i = blockIdx.y;
+  if (r >= rows) return;
+  T* const row = dy + (i * rows + r) * out;
+  if (coordinates[i] < 0) {
+    for (int64_t c = 0; c < out; ++c) row[c] = narrow<T>(static_cast<typename Compute<T>::type>(NAN));
+    return;
+  }
   const int64_t at = coordinates[i] - offset;
-  if (r >= rows || at < 0 || at >= out * in) return;
-  T* const to = dy + (i * rows + r) * out + at / in;
-  *to = narrow<T>(widen(*to) + widen(x[r * in + at % in]));
+  if (at < 0 || at >= out * in) return;
+  row[at / in] = narrow<T>(widen(row[at / in]) + widen(x[r * in + at % in]));
 }
 
 /// coordinates [k]; k at most 65535.
@@ -191,6 +197,19 @@ void launch_basis_product(const T* x, int64_t rows, int64_t in, int64_t out, con
   if (rows == 0 || in == 0 || out == 0) return;
   launch(basis_product_kernel<T>, dim3(ceil_div(rows, kFinishThreads), k), dim3(kFinishThreads), 0, stream, x, rows, in,
          out, coordinates, offset, dy);
+}
+
+// ---- Gram matrices of weight and bias
+
+__global__ void __launch_bounds__(kFinishThreads)
+    add_kernel(double* __restrict__ to, const double* __restrict__ from, int64_t n) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
+  if (at < n) to[at] += from[at];
+}
+
+/// to [n] += from [n], n >= 1.
+inline void launch_add(double* to, const double* from, int64_t n, cudaStream_t stream) {
+  launch(add_kernel, dim3(ceil_div(n, kFinishThreads)), dim3(kFinishThreads), 0, stream, to, from, n);
 }
 
 }  // namespace frog

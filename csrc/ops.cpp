@@ -33,6 +33,12 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   m.def(
       "pointwise_jvp(Tensor x, Tensor? dx, Tensor? activity, int function, float alpha, float beta) -> (Tensor y, "
       "Tensor dy)");
+  // sum
+  m.def("tangent_sum(Tensor a, Tensor? va, Tensor? b, Tensor? vb, float alpha) -> Tensor");
+  // convolution
+  m.def(
+      "convolution_jvp(Tensor x, Tensor dx, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
+      "bool transposed, int[] output_padding, int groups) -> (Tensor y, Tensor dy)");
   // softmax
   m.def("softmax_jvp(Tensor x, Tensor dx, int dim) -> (Tensor y, Tensor dy)");
   m.def("log_softmax_jvp(Tensor x, Tensor dx, int dim) -> (Tensor y, Tensor dy)");

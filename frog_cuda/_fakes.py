@@ -104,6 +104,28 @@ def pointwise_jvp(
 
 
 @_fake
+def tangent_sum(a: Tensor, va: Tensor | None, b: Tensor | None, vb: Tensor | None, alpha: float) -> Tensor:
+    return a.new_empty(a.shape)
+
+
+@_fake
+def convolution_jvp(
+    x: Tensor,
+    dx: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    shape = torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, transposed, output_padding, groups).shape
+    return x.new_empty(shape), dx.new_empty((dx.shape[0], *shape))
+
+
+@_fake
 def softmax_jvp(x: Tensor, dx: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _tangents(x, dx)
 
@@ -156,8 +178,12 @@ def attention_jvp(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     given = next(t for t in (dquery, dkey, dvalue) if t is not None)
-    shape = (*query.shape[:3], value.shape[3])
-    return query.new_empty(shape), given.new_empty((given.shape[0], *shape))
+    batch, heads, length, _ = query.shape
+    if query.is_cuda:
+        shape = (batch, heads, length, value.shape[3])
+        return query.new_empty(shape), given.new_empty((given.shape[0], *shape))
+    shape = (batch, length, heads, value.shape[3])  # in memory: heads can be joined again without a copy
+    return query.new_empty(shape).transpose(1, 2), given.new_empty((given.shape[0], *shape)).transpose(2, 3)
 
 
 @_fake

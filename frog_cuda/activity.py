@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from . import ops
 from ._checks import flat
 from ._deferred import deferring
 from .aggregate import Aggregate, Custom
-from .dual import add_activity, primal_of
+from .dual import DualTensor, add_activity, primal_of
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
 from .layers import Group
@@ -32,6 +32,14 @@ from .tangents import Distribution, Piece, StandardBasis, Supplied, TangentSet
 from .weight import Inputs, check_parameters, copied_buffers
 
 Perturb = Callable[["Segment", Tensor], Tensor]
+
+
+#: elements of an input's tangents
+_WORTH_A_COPY = 1 << 20
+
+
+class _EverythingSeen(BaseException):
+    """Ends a pass early; no error, so that no model catches it."""
 
 
 @dataclass(eq=False)
@@ -275,6 +283,8 @@ class ActivityPerturbation:
         def cut(segment: Segment, y: Tensor) -> Tensor:
             if id(segment.group) in order:
                 outputs.append(y)
+                if len(outputs) == len(gradients):
+                    raise _EverythingSeen
             return y.detach()
 
         parameters = {id(p): p for s, _ in wanted for p in s.group.parameters}
@@ -285,7 +295,7 @@ class ActivityPerturbation:
                 f"cuda_graph: {names} have no closed-form gradient and run a second time, but the model draws random numbers "
                 "(dropout), which a graph cannot repeat; use cuda_graph=False"
             )
-        with torch.enable_grad(), self._numbers.replayed(), self._hooked(cut):
+        with torch.enable_grad(), self._numbers.replayed(), self._hooked(cut), suppress(_EverythingSeen):
             functional_call(self.model, copied_buffers(self.model), *inputs)
         self.segments = segments
         if not deferring():
@@ -327,7 +337,13 @@ class ActivityPerturbation:
         x = primal_of(args[0]) if group.rule is not None and args else None
         if x is not None and x.dim() != y.dim():
             x = None
-        segment = Segment(group, piece, y.shape[0], x, x._version if x is not None else 0, [])
+        version = x._version if x is not None else 0
+        # A fused operator leaves a value and its tangents in one block of memory, which the value alone would keep alive
+        # until the gradients are formed; of many tangents, a copy of the value is far less.
+        if x is not None and isinstance(args[0], DualTensor) and args[0].k * x.numel() >= _WORTH_A_COPY:
+            x = x.clone()
+            version = x._version
+        segment = Segment(group, piece, y.shape[0], x, version, [])
         self.segments.append(segment)
         y = perturb(segment, y)
         return type(output)((y, *output[1:])) if several else y

@@ -273,6 +273,49 @@ def pointwise_jvp(
         return _ops.pointwise_jvp(x, dx, activity, code, alpha, beta)
 
 
+def tangent_sum(
+    a: Tensor, va: Tensor | None = None, b: Tensor | None = None, vb: Tensor | None = None, *, alpha: float = 1.0
+) -> Tensor:
+    """``a + va + alpha * (b + vb)``: tangents of a sum, with activity tangents still to be added on either side.
+
+    Arguments:
+        a: ``(k, *s)``.  b: the same shape, or None.
+        va, vb: ``(k, *t)`` with ``t`` a suffix of ``s``, or None.
+    Returns:
+        ``(k, *s)`` in the dtype of ``a``.
+    """
+    _guard("tangent_sum", a, va, b, vb)
+    with _AutoDispatchBelowAutograd():
+        return _ops.tangent_sum(a, va, b, vb, alpha)
+
+
+def convolution_jvp(
+    x: Tensor,
+    dx: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool = False,
+    output_padding: list[int],
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """A convolution of ``x`` and of k tangents of ``x``, by the library, in one call where they are neighbours in memory.
+
+    Arguments:
+        x: ``(B, C, *s)``, s of one to three axes.  dx: ``(k, *x.shape)``, the same dtype.
+        weight, bias, stride, padding, dilation, transposed, output_padding, groups: as in ``torch.ops.aten.convolution``; an
+            integer for each axis of s.
+    Returns:
+        y ``(B, O, *t)``; dy ``(k, B, O, *t)``.
+    """
+    _guard("convolution_jvp", x, dx, weight, bias)
+    with _AutoDispatchBelowAutograd():
+        return _ops.convolution_jvp(x, dx, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
 def softmax_jvp(x: Tensor, dx: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """``y = softmax(x, dim)`` and ``dy_i = y * (dx_i - sum(y * dx_i))``; ``dim`` counts the axes of ``x``."""
     _guard("softmax_jvp", x, dx)

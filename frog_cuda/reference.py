@@ -338,6 +338,38 @@ def pointwise_jvp(
     return y, slope * dy
 
 
+def tangent_sum(
+    a: Tensor, va: Tensor | None = None, b: Tensor | None = None, vb: Tensor | None = None, *, alpha: float = 1.0
+) -> Tensor:
+    """``a_i + va_i + alpha (b_i + vb_i)``."""
+    out = a.double().clone()
+    for i in range(len(out)):
+        for t, factor in ((va, 1.0), (b, alpha), (vb, alpha)):
+            if t is not None:
+                out[i] += factor * t[i].double()
+    return out
+
+
+def convolution_jvp(
+    x: Tensor,
+    dx: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool = False,
+    output_padding: list[int],
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The convolution of x, and without its bias that of every tangent."""
+    options = (stride, padding, dilation, transposed, output_padding, groups)
+    w = weight.double()
+    y = torch.convolution(x.double(), w, None if bias is None else bias.double(), *options)
+    return y, torch.stack([torch.convolution(v, w, None, *options) for v in dx.double()])
+
+
 def softmax_jvp(x: Tensor, dx: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """``y = softmax(x)``, ``dy_i = y (dx_i - sum(y dx_i))``."""
     dim = dim % max(x.dim(), 1)

@@ -145,6 +145,31 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
         dict(x=_rand(5, 7, dtype=dtype), dx=_rand(3, 5, 7, dtype=dtype), activity=None, function=5, alpha=0.0, beta=0.0),
         dict(x=_rand(7, 5, dtype=dtype).T, dx=None, activity=_rand(3, 7, dtype=dtype), function=2, alpha=0.0, beta=0.0),
     ],
+    "tangent_sum": lambda dtype: [
+        dict(a=_rand(3, 5, 7, dtype=dtype), va=_rand(3, 7, dtype=dtype), b=None, vb=None, alpha=1.0),
+        dict(
+            a=_rand(5, 7, 3, dtype=dtype).permute(2, 0, 1),
+            va=None,
+            b=_rand(3, 5, 7, dtype=dtype),
+            vb=_rand(3, 5, 7, dtype=dtype),
+            alpha=-2.0,
+        ),
+    ],
+    "convolution_jvp": lambda dtype: [
+        dict(
+            x=_rand(2, 4, 5, 6, dtype=dtype),
+            dx=_rand(3, 2, 4, 5, 6, dtype=dtype),
+            weight=_rand(4, 2, 3, 3, dtype=dtype),
+            bias=_rand(4, dtype=dtype),
+            stride=[2, 1],
+            padding=[1, 1],
+            dilation=[1, 1],
+            transposed=transposed,
+            output_padding=[0, 0],
+            groups=2,
+        )
+        for transposed in (False, True)
+    ],
     "softmax_jvp": lambda dtype: [
         dict(x=_rand(5, 7, dtype=dtype), dx=_rand(3, 5, 7, dtype=dtype), dim=1),
         dict(x=_rand(7, 5, dtype=dtype).T, dx=_rand(3, 5, 7, dtype=dtype), dim=0),

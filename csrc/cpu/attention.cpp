@@ -1,5 +1,8 @@
 // attention_jvp: out = softmax(scale Q K^T + mask) V and its k tangents, blocked, with online softmax. T x T is never
-// in memory: extra memory is that of K and V and their tangents (packed), plus a few hundred KiB for each thread.
+// in memory: extra memory is that of K and V and their tangents (packed), plus a few hundred KiB for each thread. Short
+// sequences are packed head by head, in cache. Inputs are read as they are strided, so that queries, keys and values
+// cut from one projection need no copy; results lie in memory as [B, L, H, Dv], which a layer that joins the heads
+// again views as rows, and out and dout are neighbours.
 //
 // With p_ij = exp(s_ij - max_i), l_i = sum_j p_ij and the score tangents ds = scale (dQ K^T + Q dK^T):
 //   out_i  = (sum_j p_ij v_j) / l_i
@@ -12,33 +15,28 @@
 #include <limits>
 
 #include "../arguments/attention.h"
-#include "draw.h"
+#include "product.h"
 
 namespace frog {
 namespace {
 
 constexpr const char* kOp = "attention_jvp";
-constexpr int64_t kKeys = 64;                // keys in a block
+constexpr int64_t kKeys = 64;                // keys in a block; a multiple of every panel width
+constexpr int64_t kMostKeys = 128;           // up to which all keys are one block
 constexpr int64_t kMostRows = 48;            // query rows in a block
 constexpr int64_t kBlockBytes = 512 * 1024;  // what a block of queries may take of the second-level cache
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kPairBytes = 2 << 20;      // packed keys and values of a head that a thread may hold for itself
+constexpr int64_t kFewestPairs = 8;          // heads that keep all threads busy
 
 template <class T>
 struct Simd;
 template <>
 struct Simd<float> {
-  static int64_t vector() { return simd().vector_f32; }
-  static int64_t panel() { return simd().panel_f32; }
-  static constexpr auto tile = &SimdKernels::tile_f32;
   static constexpr auto attend = &SimdKernels::attend_f32;
   static constexpr auto rescale = &SimdKernels::rescale_f32;
 };
 template <>
 struct Simd<double> {
-  static int64_t vector() { return simd().vector_f64; }
-  static int64_t panel() { return simd().panel_f64; }
-  static constexpr auto tile = &SimdKernels::tile_f64;
   static constexpr auto attend = &SimdKernels::attend_f64;
   static constexpr auto rescale = &SimdKernels::rescale_f64;
 };
@@ -50,27 +48,34 @@ struct Panels {
   int64_t depth = 0, columns = 0, padded = 0;
 
   Panels(int64_t depth_, int64_t columns_)
-      : depth(depth_), columns(columns_), padded(ceil_div(columns_, Simd<T>::vector()) * Simd<T>::vector()) {}
+      : depth(depth_), columns(columns_), padded(ceil_div(columns_, vector_width<T>()) * vector_width<T>()) {}
   int64_t size() const { return depth * padded; }
-  int64_t width(int64_t column) const { return std::min(Simd<T>::panel(), padded - column); }
-  // source(row, column) gives the elements
-  template <class Source>
-  void pack(T* out, const Source& source) const {
-    for (int64_t c = 0; c < padded; c += Simd<T>::panel()) {
+  int64_t width(int64_t column) const { return std::min(panel_width<T>(), padded - column); }
+  // Where a panel's columns come from: rows of a matrix [columns, depth] with row stride ld
+  void pack_transposed(const T* from, int64_t ld, T* out) const {
+    for (int64_t c = 0; c < padded; c += panel_width<T>()) {
       const int64_t w = width(c);
+      pack(from + c * ld, ld, std::min(w, columns - c), depth, w, out + c * depth);
+    }
+  }
+  // The matrix itself, [depth, columns] with row stride ld
+  void pack_straight(const T* from, int64_t ld, T* out) const {
+    for (int64_t c = 0; c < padded; c += panel_width<T>()) {
+      const int64_t w = width(c), live = std::min(w, columns - c);
       for (int64_t r = 0; r < depth; ++r) {
-        for (int64_t j = 0; j < w; ++j) out[c * depth + r * w + j] = c + j < columns ? source(r, c + j) : T(0);
+        T* to = out + c * depth + r * w;
+        std::copy(from + r * ld + c, from + r * ld + c + live, to);
+        std::fill(to + live, to + w, T(0));
       }
     }
   }
   // acc [rows, acc_ld] += rows_of [rows, ld] times the matrix's rows `first .. first + count` (of the depth) at columns
-  // `from .. to`; from a multiple of the panel width.
+  // `from .. to` (or = where `fresh`); from a multiple of the panel width.
   void multiply(const T* packed, int64_t first, int64_t count, int64_t from, int64_t to, const T* rows_of, int64_t ld,
-                int64_t rows, T* acc, int64_t acc_ld) const {
-    for (int64_t c = from; c < to; c += Simd<T>::panel()) {
+                int64_t rows, T* acc, int64_t acc_ld, bool fresh) const {
+    for (int64_t c = from; c < to; c += panel_width<T>()) {
       const int64_t w = width(c);
-      (simd().*Simd<T>::tile)(packed + c * depth + first * w, w, rows_of, ld, rows, count, acc + c - from, acc_ld,
-                              false);
+      tile(packed + c * depth + first * w, w, rows_of, ld, rows, count, acc + c - from, acc_ld, fresh);
     }
   }
 };
@@ -80,14 +85,36 @@ struct Mask {
   std::array<int64_t, 4> strides{};  // over batch, head, query, key; 0 where broadcast
 };
 
+// A tensor [k, B, H, L, D] (k: 1 for a primal) whose last axis is dense; data null where it was not given.
+template <class T>
+struct Heads {
+  const T* data = nullptr;
+  int64_t tangent = 0, batch = 0, head = 0, row = 0;  // strides
+
+  Heads() = default;
+  explicit Heads(const std::optional<Tensor>& t) {
+    if (!t) return;
+    data = static_cast<const T*>(t->const_data_ptr());
+    const int64_t d = t->dim();
+    tangent = d == 5 ? t->stride(0) : 0;
+    batch = t->stride(d - 4), head = t->stride(d - 3), row = t->stride(d - 2);
+  }
+  explicit operator bool() const { return data != nullptr; }
+  const T* at(int64_t i, int64_t b, int64_t h, int64_t r) const {
+    return data + i * tangent + b * batch + h * head + r * row;
+  }
+};
+
 template <class T>
 struct Problem {
   int64_t batch, heads, kv_heads, queries, keys, depth, width, k;
-  const T *q, *dq, *key, *dkey, *v, *dv;  // [B, H, L, D], [k, B, H, L, D], [B, Hkv, S, D], [k, ..], [B, Hkv, S, Dv]
-  T *out, *dout;                          // [B, H, L, Dv], [k, B, H, L, Dv]
+  Heads<T> q, dq, key, dkey, v, dv;  // [B, H, L, D], [k, B, H, L, D], [B, Hkv, S, D], [k, ..], [B, Hkv, S, Dv]
+  T* out;                            // [1 + k, B, L, H, Dv]
   Mask mask;
   bool causal;
   T scale;
+
+  int64_t block() const { return keys <= kMostKeys ? ceil_div(keys, vector_width<T>()) * vector_width<T>() : kKeys; }
 };
 
 // scores [rows, ld] of one block += the mask; what must not be attended to becomes -inf.
@@ -130,31 +157,33 @@ void apply_mask(const Problem<T>& p, int64_t b, int64_t h, int64_t q0, int64_t r
   }
 }
 
-// K^T and V of every (batch, kv head), and their tangents, as panels.
+// K^T and V and their tangents as panels, of one pair (batch, kv head) or of all.
 template <class T>
 struct Packed {
   Panels<T> kt, v;
-  std::vector<T> kt_data, v_data;  // [1 + k or 1, B * Hkv, size]
-  int64_t pairs;
+  int64_t kt_sets, v_sets, pairs;
+  Scratch<T> kt_data, v_data;  // [1 + k or 1, pairs, size]
 
-  explicit Packed(const Problem<T>& p) : kt(p.depth, p.keys), v(p.keys, p.width), pairs(p.batch * p.kv_heads) {
-    const int64_t kt_sets = p.dkey ? 1 + p.k : 1, v_sets = p.dv ? 1 + p.k : 1;
-    kt_data.resize(kt_sets * pairs * kt.size());
-    v_data.resize(v_sets * pairs * v.size());
-    torch::stable::parallel_for(0, (kt_sets + v_sets) * pairs, 1, [&](int64_t from, int64_t to) {
-      for (int64_t item = from; item < to; ++item) {
-        const bool is_key = item < kt_sets * pairs;
-        const int64_t at = is_key ? item : item - kt_sets * pairs;
-        const int64_t set = at / pairs - 1, pair = at % pairs;
-        if (is_key) {
-          const T* rows = (set < 0 ? p.key : p.dkey + set * pairs * p.keys * p.depth) + pair * p.keys * p.depth;
-          kt.pack(kt_data.data() + at * kt.size(), [&](int64_t r, int64_t c) { return rows[c * p.depth + r]; });
-        } else {
-          const T* rows = (set < 0 ? p.v : p.dv + set * pairs * p.keys * p.width) + pair * p.keys * p.width;
-          v.pack(v_data.data() + at * v.size(), [&](int64_t r, int64_t c) { return rows[r * p.width + c]; });
-        }
-      }
-    });
+  Packed(const Problem<T>& p, int64_t pairs_)
+      : kt(p.depth, p.keys),
+        v(p.keys, p.width),
+        kt_sets(p.dkey ? 1 + p.k : 1),
+        v_sets(p.dv ? 1 + p.k : 1),
+        pairs(pairs_),
+        kt_data(kt_sets * pairs * kt.size()),
+        v_data(v_sets * pairs * v.size()) {}
+  int64_t sets() const { return kt_sets + v_sets; }
+  // packs set 0 .. sets() of the pair b, h into place `pair`
+  void pack_set(const Problem<T>& p, int64_t b, int64_t h, int64_t set, int64_t pair) {
+    if (set < kt_sets) {
+      const Heads<T>& from = set == 0 ? p.key : p.dkey;
+      kt.pack_transposed(from.at(set - (set > 0), b, h, 0), from.row,
+                         kt_data.data() + (set * pairs + pair) * kt.size());
+    } else {
+      const int64_t at = set - kt_sets;
+      const Heads<T>& from = at == 0 ? p.v : p.dv;
+      v.pack_straight(from.at(at - (at > 0), b, h, 0), from.row, v_data.data() + (at * pairs + pair) * v.size());
+    }
   }
   const T* kt_at(int64_t set, int64_t pair) const { return kt_data.data() + (set * pairs + pair) * kt.size(); }
   const T* v_at(int64_t set, int64_t pair) const { return v_data.data() + (set * pairs + pair) * v.size(); }
@@ -162,11 +191,12 @@ struct Packed {
 
 // What a thread needs for one block of queries, 1 + k groups of rows each.
 template <class T>
-struct Scratch {
-  std::vector<T> q, scores, out, max, sum, shift, correction;
-  Scratch(int64_t groups, int64_t rows, int64_t depth, int64_t width)
+struct Workspace {
+  Scratch<T> q, scores, out;
+  std::vector<T> max, sum, shift, correction;
+  Workspace(int64_t groups, int64_t rows, int64_t depth, int64_t keys, int64_t width)
       : q(groups * rows * depth),
-        scores(groups * rows * kKeys),
+        scores(groups * rows * keys),
         out(groups * rows * width),
         max(rows),
         sum(rows),
@@ -174,53 +204,56 @@ struct Scratch {
         correction(rows) {}
 };
 
+// Queries q0 .. q0 + rows of head h of batch b, against the keys and values packed at place `pair`.
 template <class T>
-void attend_block(const Problem<T>& p, const Packed<T>& packed, Scratch<T>& s, int64_t head, int64_t q0, int64_t rows) {
-  const int64_t b = head / p.heads, h = head % p.heads, k = p.k;
-  const int64_t pair = b * p.kv_heads + h / (p.heads / p.kv_heads);
-  const int64_t all = p.batch * p.heads * p.queries * p.depth, wide = packed.v.padded;
+void attend_block(const Problem<T>& p, const Packed<T>& packed, int64_t pair, Workspace<T>& s, int64_t b, int64_t h,
+                  int64_t q0, int64_t rows) {
+  const int64_t k = p.k, wide = packed.v.padded, block = p.block();
   const int64_t stacked = p.dq ? (1 + k) * rows : rows;
   for (int64_t g = 0; g < stacked / rows; ++g) {
-    const T* from = (g == 0 ? p.q : p.dq + (g - 1) * all) + (head * p.queries + q0) * p.depth;
-    for (int64_t j = 0; j < rows * p.depth; ++j) s.q[g * rows * p.depth + j] = p.scale * from[j];
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = g == 0 ? p.q.at(0, b, h, q0 + r) : p.dq.at(g - 1, b, h, q0 + r);
+      T* to = s.q.data() + (g * rows + r) * p.depth;
+      for (int64_t j = 0; j < p.depth; ++j) to[j] = p.scale * from[j];
+    }
   }
-  std::fill(s.out.begin(), s.out.end(), T(0));
   std::fill(s.max.begin(), s.max.end(), -std::numeric_limits<T>::infinity());
   std::fill(s.sum.begin(), s.sum.end(), T(0));
   std::fill(s.shift.begin(), s.shift.end(), T(0));
   const bool moves = p.dq || p.dkey;  // otherwise only the values move and ds is zero
   const int64_t groups = moves ? 1 + k : 1;
   const int64_t last = p.causal ? std::min(p.keys, q0 + rows) : p.keys;
-  T* scores = s.scores.data();
-  for (int64_t j0 = 0; j0 < last; j0 += kKeys) {
-    const int64_t count = std::min(kKeys, p.keys - j0);
-    std::fill(scores, scores + groups * rows * kKeys, T(0));
-    const int64_t to = std::min(packed.kt.padded, j0 + kKeys);
-    packed.kt.multiply(packed.kt_at(0, pair), 0, p.depth, j0, to, s.q.data(), p.depth, stacked, scores, kKeys);
+  T *scores = s.scores.data(), *out = s.out.data();
+  if (last == 0) std::fill(out, out + (1 + k) * rows * wide, T(0));
+  for (int64_t j0 = 0; j0 < last; j0 += block) {
+    const bool first = j0 == 0;
+    const int64_t count = std::min(block, last - j0);
+    const int64_t to = std::min(packed.kt.padded, j0 + count);
+    packed.kt.multiply(packed.kt_at(0, pair), 0, p.depth, j0, to, s.q.data(), p.depth, stacked, scores, block, true);
     for (int64_t i = 0; p.dkey && i < k; ++i) {
       packed.kt.multiply(packed.kt_at(1 + i, pair), 0, p.depth, j0, to, s.q.data(), p.depth, rows,
-                         scores + (1 + i) * rows * kKeys, kKeys);
+                         scores + (1 + i) * rows * block, block, !p.dq);
     }
-    apply_mask(p, b, h, q0, rows, j0, count, scores, kKeys);
-    (simd().*Simd<T>::attend)(scores, rows, moves ? k : 0, count, kKeys, s.max.data(), s.sum.data(), s.shift.data(),
+    apply_mask(p, b, h, q0, rows, j0, count, scores, block);
+    (simd().*Simd<T>::attend)(scores, rows, moves ? k : 0, count, block, s.max.data(), s.sum.data(), s.shift.data(),
                               s.correction.data());
-    (simd().*Simd<T>::rescale)(s.out.data(), 1 + k, rows, wide, s.correction.data());
-    packed.v.multiply(packed.v_at(0, pair), j0, count, 0, wide, scores, kKeys, groups * rows, s.out.data(), wide);
+    if (!first) (simd().*Simd<T>::rescale)(out, 1 + k, rows, wide, s.correction.data());
+    packed.v.multiply(packed.v_at(0, pair), j0, count, 0, wide, scores, block, groups * rows, out, wide, first);
     for (int64_t i = 0; p.dv && i < k; ++i) {
-      packed.v.multiply(packed.v_at(1 + i, pair), j0, count, 0, wide, scores, kKeys, rows,
-                        s.out.data() + (1 + i) * rows * wide, wide);
+      packed.v.multiply(packed.v_at(1 + i, pair), j0, count, 0, wide, scores, block, rows, out + (1 + i) * rows * wide,
+                        wide, first && !moves);
     }
   }
-  const int64_t each = p.batch * p.heads * p.queries * p.width;
   for (int64_t r = 0; r < rows; ++r) {
     const T inverse = s.sum[r] == T(0) ? T(0) : T(1) / s.sum[r];  // a row that attends to nothing: zeros
-    const T* out = s.out.data() + r * wide;
-    T* target = p.out + (head * p.queries + q0 + r) * p.width;
-    for (int64_t j = 0; j < p.width; ++j) target[j] = out[j] * inverse;
+    const int64_t each = p.batch * p.heads * p.queries * p.width;
+    const T* value = out + r * wide;
+    T* target = p.out + ((b * p.queries + q0 + r) * p.heads + h) * p.width;
+    for (int64_t j = 0; j < p.width; ++j) target[j] = value[j] * inverse;
     for (int64_t i = 0; i < k; ++i) {
-      const T* moved = s.out.data() + ((1 + i) * rows + r) * wide;
+      const T* moved = out + ((1 + i) * rows + r) * wide;
       const T shift = s.shift[i * rows + r];
-      T* tangent = p.dout + i * each + (head * p.queries + q0 + r) * p.width;
+      T* tangent = target + (1 + i) * each;
       for (int64_t j = 0; j < p.width; ++j) tangent[j] = (moved[j] - shift * target[j]) * inverse;
     }
   }
@@ -229,21 +262,48 @@ void attend_block(const Problem<T>& p, const Packed<T>& packed, Scratch<T>& s, i
 template <class T>
 void run(const Problem<T>& p) {
   if (p.batch * p.heads * p.queries == 0) return;
-  const Packed<T> packed(p);
-  const int64_t row_bytes = (1 + p.k) * (p.depth + kKeys + packed.v.padded) * static_cast<int64_t>(sizeof(T));
+  const int64_t pairs = p.batch * p.kv_heads, shared = p.heads / p.kv_heads;
+  const Panels<T> kt(p.depth, p.keys), v(p.keys, p.width);
+  const int64_t row_bytes = (1 + p.k) * (p.depth + p.block() + v.padded) * static_cast<int64_t>(sizeof(T));
   const int64_t rows = std::clamp<int64_t>(kBlockBytes / row_bytes / kTileRows * kTileRows, kTileRows, kMostRows);
   const int64_t blocks = ceil_div(p.queries, rows);
-  torch::stable::parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t from, int64_t to) {
-    Scratch<T> scratch(1 + p.k, rows, p.depth, packed.v.padded);
+  const int64_t pair_bytes = (1 + p.k) * (kt.size() + v.size()) * static_cast<int64_t>(sizeof(T));
+  if (pairs >= kFewestPairs && pair_bytes <= kPairBytes) {
+    torch::stable::parallel_for(0, pairs, 1, [&](int64_t from, int64_t to) {
+      Packed<T> packed(p, 1);
+      Workspace<T> workspace(1 + p.k, rows, p.depth, p.block(), v.padded);
+      for (int64_t pair = from; pair < to; ++pair) {
+        const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads;
+        for (int64_t set = 0; set < packed.sets(); ++set) packed.pack_set(p, b, h, set, 0);
+        for (int64_t item = 0; item < shared * blocks; ++item) {
+          const int64_t q0 = item % blocks * rows;
+          attend_block(p, packed, 0, workspace, b, h * shared + item / blocks, q0, std::min(rows, p.queries - q0));
+        }
+      }
+    });
+    return;
+  }
+  Packed<T> packed(p, pairs);
+  torch::stable::parallel_for(0, packed.sets() * pairs, 1, [&](int64_t from, int64_t to) {
     for (int64_t item = from; item < to; ++item) {
-      const int64_t q0 = item % blocks * rows;
-      attend_block(p, packed, scratch, item / blocks, q0, std::min(rows, p.queries - q0));
+      const int64_t pair = item % pairs;
+      packed.pack_set(p, pair / p.kv_heads, pair % p.kv_heads, item / pairs, pair);
+    }
+  });
+  torch::stable::parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t from, int64_t to) {
+    Workspace<T> workspace(1 + p.k, rows, p.depth, p.block(), v.padded);
+    for (int64_t item = from; item < to; ++item) {
+      const int64_t head = item / blocks, b = head / p.heads, h = head % p.heads, q0 = item % blocks * rows;
+      attend_block(p, packed, b * p.kv_heads + h / shared, workspace, b, h, q0, std::min(rows, p.queries - q0));
     }
   });
 }
 
-// Dense and in the compute type; `t` must be (*, rows, columns) with `lead` in front.
-Tensor prepare(const Tensor& t, ScalarType compute) { return torch::stable::contiguous(to_dtype(t, compute)); }
+// In the compute type, its last axis dense.
+Tensor prepare(const Tensor& t, ScalarType compute) {
+  const Tensor converted = to_dtype(t, compute);
+  return converted.stride(converted.dim() - 1) == 1 ? converted : torch::stable::contiguous(converted);
+}
 
 std::optional<Tensor> prepare(const std::optional<Tensor>& t, ScalarType compute) {
   return t ? std::optional<Tensor>(prepare(*t, compute)) : std::nullopt;
@@ -274,18 +334,19 @@ std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const std::optiona
   const ScalarType compute = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const std::optional<Tensor> dq = prepare(dquery, compute), dk = prepare(dkey, compute), dv = prepare(dvalue, compute);
   const Tensor q = prepare(query, compute), kk = prepare(key, compute), v = prepare(value, compute);
-  const std::vector<int64_t> shape{query.size(0), query.size(1), query.size(2), value.size(3)};
-  Tensor out = new_tensor(q, shape, compute);  // [B, H, L, Dv]
-  Tensor dout = new_tensor(q, {k, shape[0], shape[1], shape[2], shape[3]}, compute);
+  const std::vector<int64_t> shape{query.size(0), query.size(2), query.size(1), value.size(3)};  // [B, L, H, Dv]
+  std::vector<int64_t> stacked = shape, moved_shape = shape;
+  stacked.insert(stacked.begin(), 1 + k), moved_shape.insert(moved_shape.begin(), k);
+  Tensor both = new_tensor(q, stacked, compute);
+  const int64_t numel = both.numel() / (1 + k);
+  const Tensor out = torch::stable::transpose(part_of(both, 0, shape), 1, 2);
+  const Tensor dout = torch::stable::transpose(part_of(both, numel, moved_shape), 2, 3);
   const Mask m = prepare_mask(mask);
   const auto go = [&](auto zero) {
     using T = decltype(zero);
-    const auto data = [](const std::optional<Tensor>& t) {
-      return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-    };
-    run(Problem<T>{q.size(0), q.size(1), kk.size(1), q.size(2), kk.size(2), q.size(3), v.size(3), k, data(q), data(dq),
-                   data(kk), data(dk), data(v), data(dv), static_cast<T*>(out.mutable_data_ptr()),
-                   static_cast<T*>(dout.mutable_data_ptr()), m, is_causal, static_cast<T>(scale)});
+    run(Problem<T>{q.size(0), q.size(1), kk.size(1), q.size(2), kk.size(2), q.size(3), v.size(3), k, Heads<T>(q),
+                   Heads<T>(dq), Heads<T>(kk), Heads<T>(dk), Heads<T>(v), Heads<T>(dv),
+                   static_cast<T*>(both.mutable_data_ptr()), m, is_causal, static_cast<T>(scale)});
   };
   if (compute == ScalarType::Double) {
     go(double{});

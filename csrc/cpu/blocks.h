@@ -139,6 +139,29 @@ inline std::optional<Tensor> dense_tangents(const char* op, const char* name, co
   return torch::stable::contiguous(*t);
 }
 
+/// Tangents [k, *s], `s` a suffix of `shape`, as dense [k, period]; short ones are repeated where `shape` is longer, so
+/// that blocks are.
+inline Tensor dense_activity(const char* op, const char* name, const Tensor& activity,
+                             const std::vector<int64_t>& shape, int64_t k, int64_t* period) {
+  constexpr int64_t kShortestRow = 1024;
+  check_cpu(op, name, activity);
+  check_floating(op, name, activity);
+  const int64_t d = activity.dim() - 1, dim = static_cast<int64_t>(shape.size());
+  bool fits = d >= 0 && d <= dim && activity.size(0) == k;
+  for (int64_t j = 1; fits && j <= d; ++j) fits = activity.size(-j) == shape[dim - j];
+  STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_string(activity), ", expected (k, *s) with k = ", k,
+                  " and s a suffix of ", shape_string(shape.data(), dim));
+  int64_t numel = 1;
+  for (const int64_t size : shape) numel *= size;
+  const Tensor dense = torch::stable::contiguous(activity);
+  *period = std::max<int64_t>(1, dense.numel() / k);
+  if (*period >= kShortestRow || *period >= numel) return dense;
+  const int64_t repeats = kShortestRow / *period + 1;
+  const Tensor rows = torch::stable::contiguous(as_strided(dense, {k, repeats, *period}, {*period, 0, 1}, 0));
+  *period *= repeats;
+  return rows;
+}
+
 inline const Tensor* pointer_to(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 
 }  // namespace frog

@@ -9,7 +9,6 @@ namespace frog {
 namespace {
 
 constexpr const char* kOp = "pointwise_jvp";
-constexpr int64_t kShortestRow = 1024;  // shorter activity tangents are repeated up to this length
 
 // codes as in POINTWISE of frog_cuda/ops.py
 constexpr int64_t kRelu = 1, kHardtanh = 10;
@@ -52,19 +51,6 @@ void run(const Job<C>& job) {
   });
 }
 
-// activity [k, *s] -> dense [k, period], repeated to at least kShortestRow elements where x is longer
-Tensor prepare_activity(const Tensor& activity, const Tensor& x, int64_t k, int64_t* period) {
-  check_cpu(kOp, "activity", activity);
-  check_activity(kOp, activity, x, k);
-  const Tensor dense = torch::stable::contiguous(activity);
-  *period = std::max<int64_t>(1, dense.numel() / k);
-  if (*period >= kShortestRow || *period >= x.numel()) return dense;
-  const int64_t repeats = kShortestRow / *period + 1;
-  const Tensor rows = torch::stable::contiguous(as_strided(dense, {k, repeats, *period}, {*period, 0, 1}, 0));
-  *period *= repeats;
-  return rows;
-}
-
 std::tuple<Tensor, Tensor> pointwise_jvp(const Tensor& x_, const std::optional<Tensor>& dx_,
                                          const std::optional<Tensor>& activity_, int64_t function, double alpha,
                                          double beta) {
@@ -76,7 +62,7 @@ std::tuple<Tensor, Tensor> pointwise_jvp(const Tensor& x_, const std::optional<T
   const Tensor& given = dx_ ? *dx_ : *activity_;
   int64_t period = 1;
   std::optional<Tensor> activity;
-  if (activity_) activity = prepare_activity(*activity_, x_, k, &period);
+  if (activity_) activity = dense_activity(kOp, "activity", *activity_, shape_of(x_), k, &period);
   const Tensor x = torch::stable::contiguous(x_);
   auto [y, dy] = new_dual(x, shape_of(x), k, x.scalar_type(), given.scalar_type());
   const auto go = [&, &y = y, &dy = dy](auto zero) {

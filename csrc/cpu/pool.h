@@ -4,6 +4,8 @@
 // their size.
 #pragma once
 
+#include <unistd.h>
+
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -14,8 +16,7 @@ namespace frog {
 
 class Pool {
  public:
-  static constexpr size_t kSmallest = size_t{64} << 10;   // bytes; what is smaller the C library keeps by itself
-  static constexpr size_t kMostKept = size_t{128} << 20;  // bytes waiting here at most
+  static constexpr size_t kSmallest = size_t{64} << 10;  // bytes; what is smaller the C library keeps by itself
 
   // Never destroyed: tensors may outlive everything static.
   static Pool& get() {
@@ -28,10 +29,9 @@ class Pool {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto found = free_.lower_bound(bytes);
       if (found != free_.end() && found->first <= bytes + bytes / 8) {
-        void* block = found->second;
+        void* block = found->second.block;
         *size = found->first;
-        kept_ -= found->first;
-        free_.erase(found);
+        forget(found);
         return block;
       }
     }
@@ -42,21 +42,42 @@ class Pool {
   }
 
   void give(void* block, size_t size) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (kept_ + size <= kMostKept) {
-        free_.emplace(size, block);
-        kept_ += size;
-        return;
-      }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (size > most_kept_) return std::free(block);
+    while (kept_ + size > most_kept_) {
+      const auto oldest = by_age_.begin()->second;
+      std::free(oldest->second.block);
+      forget(oldest);
     }
-    std::free(block);
+    const auto place = free_.emplace(size, Waiting{block, ++age_});
+    by_age_.emplace(age_, place);
+    kept_ += size;
   }
 
  private:
+  struct Waiting {
+    void* block;
+    size_t age;
+  };
+  using Blocks = std::multimap<size_t, Waiting>;
+
+  Pool() {
+    const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    const size_t memory = pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page) : 0;
+    most_kept_ = std::clamp(memory / 16, size_t{128} << 20, size_t{512} << 20);
+  }
+
+  void forget(Blocks::iterator place) {
+    kept_ -= place->first;
+    by_age_.erase(place->second.age);
+    free_.erase(place);
+  }
+
   std::mutex mutex_;
-  std::multimap<size_t, void*> free_;
-  size_t kept_ = 0;
+  Blocks free_;                                // by size
+  std::map<size_t, Blocks::iterator> by_age_;  // the one that waits longest makes room first
+  size_t kept_ = 0, age_ = 0;
+  size_t most_kept_;  // bytes waiting here at most: a sixteenth of the machine's memory, 128 to 512 MiB
 };
 
 inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes) {

@@ -49,7 +49,7 @@ def attention(
     if mask is not None and len(shape) == 3 and mask.dim() == 3:
         mask = mask.unsqueeze(1)
     out, dout = _attention_jvp(q, dq, kk, dk, v, dv, mask, is_causal, factor)
-    return _make(out.view(shape), dout.view(k, *shape), k)
+    return _make(out.reshape(shape), dout.reshape(k, *shape), k)
 
 
 def _four(shape: torch.Size) -> tuple[int, ...]:

@@ -13,9 +13,10 @@ import torch
 
 from ..dual import DualTensor, aten, draw, primal_of
 from ..low_rank import Factors
-from .helpers import common_k, low_dtype, parts, wrap
+from .helpers import FUSED_DTYPES, common_k, low_dtype, parts, wrap
 
 _aten = torch.ops.aten
+_convolution_jvp = torch.ops.frog_cuda.convolution_jvp.default
 
 
 @aten(_aten.convolution.default)
@@ -43,9 +44,12 @@ def convolution(
     if x.dim() != w.dim():
         return NotImplemented
     options = (stride, padding, dilation, transposed, output_padding, groups)
-    out = func(x, w, b, *options)  # (B, O, *s)
     moved = None
-    if dx is not None:
+    if dx is not None and dx.dtype == x.dtype == w.dtype and x.dtype in FUSED_DTYPES and x.is_cpu and x.dim() > 2:
+        out, moved = _convolution_jvp(x, dx, w, b, *options)  # (B, O, *s), (k, B, O, *s)
+    else:
+        out = func(x, w, b, *options)
+    if dx is not None and moved is None:
         moved = func(dx.flatten(0, 1), w.to(dx.dtype), None, *options).unflatten(0, (k, x.shape[0]))
     if sampled is not None or dw is not None:
         for i in range(k):

@@ -1,0 +1,84 @@
+// convolution_jvp: a convolution of x and of k tangents of x. Linear in x, so k folds into the batch, and where x and
+// dx are neighbours in memory, as the operators of this library leave them, value and tangents are one call: the
+// library lays a weight out anew in every call, which for the late layers of a residual network costs as much as the
+// products.
+#include "blocks.h"
+
+namespace frog {
+namespace {
+
+constexpr const char* kOp = "convolution_jvp";
+
+struct Options {
+  std::vector<int64_t> stride, padding, dilation;
+  bool transposed;
+  std::vector<int64_t> output_padding;
+  int64_t groups;
+};
+
+Tensor convolve(const Tensor& x, const Tensor& weight, const Options& o) {
+  return torch::stable::contiguous(
+      convolution(x, weight, o.stride, o.padding, o.dilation, o.transposed, o.output_padding, o.groups));
+}
+
+// y [B, O, *] += bias [O]
+template <class T>
+void add_bias(Tensor& y, const Tensor& bias) {
+  const int64_t channels = y.size(1), inner = y.numel() / std::max<int64_t>(1, y.size(0) * channels);
+  T* data = static_cast<T*>(y.mutable_data_ptr());
+  const T* values = static_cast<const T*>(bias.const_data_ptr());
+  for (int64_t row = 0; row < y.size(0) * channels; ++row) {
+    const T value = values[row % channels];
+    for (int64_t j = row * inner; j < (row + 1) * inner; ++j) data[j] += value;
+  }
+}
+
+std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, const Tensor& weight,
+                                           const std::optional<Tensor>& bias, std::vector<int64_t> stride,
+                                           std::vector<int64_t> padding, std::vector<int64_t> dilation, bool transposed,
+                                           std::vector<int64_t> output_padding, int64_t groups) {
+  check_cpu(kOp, "x", x_);
+  check_floating(kOp, "x", x_);
+  check_cpu(kOp, "weight", weight);
+  check_dtype(kOp, "weight", weight, x_.scalar_type());
+  STD_TORCH_CHECK(x_.dim() >= 3 && weight.dim() == x_.dim(), kOp, ": x has shape ", shape_string(x_),
+                  " and weight has shape ", shape_string(weight), ", expected (batch, channels, *) and as many axes");
+  const std::optional<Tensor> dx = dense_tangents(kOp, "dx", dx_, x_);
+  check_dtype(kOp, "dx", dx_, x_.scalar_type());
+  const Tensor x = torch::stable::contiguous(x_);
+  const int64_t k = dx->size(0), batch = x.size(0);
+  const Options options{stride, padding, dilation, transposed, output_padding, groups};
+  std::vector<int64_t> images = shape_of(x);
+  Tensor y, dy;
+  std::vector<int64_t> shape, dy_shape;
+  const auto shapes_from = [&](const Tensor& result) {
+    shape = shape_of(result), shape[0] = batch;
+    dy_shape = shape, dy_shape.insert(dy_shape.begin(), k);
+  };
+  const char* end = static_cast<const char*>(x.const_data_ptr()) + x.numel() * static_cast<int64_t>(x.element_size());
+  if (end == dx->const_data_ptr()) {
+    images[0] = (1 + k) * batch;
+    const Tensor all = convolve(part_of(x, 0, images), weight, options);  // dx outlives the call
+    shapes_from(all);
+    y = part_of(all, 0, shape), dy = part_of(all, all.numel() / (1 + k), dy_shape);
+  } else {
+    y = convolve(x, weight, options);
+    shapes_from(y);
+    images[0] = k * batch;
+    const Tensor moved = convolve(torch::stable::view(*dx, images), weight, options);
+    dy = part_of(moved, 0, dy_shape);
+  }
+  if (bias) {
+    check_cpu(kOp, "bias", *bias);
+    check_dtype(kOp, "bias", *bias, x.scalar_type());
+    check_shape(kOp, "bias", *bias, {shape[1]});
+    const Tensor dense = torch::stable::contiguous(*bias);
+    dispatch_floating(kOp, x.scalar_type(), [&](auto zero) { add_bias<decltype(zero)>(y, dense); });
+  }
+  return {y, dy};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) { m.impl("convolution_jvp", TORCH_BOX(&convolution_jvp)); }
+
+}  // namespace
+}  // namespace frog

@@ -26,7 +26,17 @@ def stacked(rows: int, k: int, features: int, dtype: torch.dtype) -> tuple[Tenso
 # rows of a task: 192; a packed panel is 1024 deep and 16 to 64 wide
 @pytest.mark.parametrize(
     ("rows", "k", "features", "out"),
-    [(15, 1, 3, 5), (16, 1, 1, 1), (67, 2, 33, 130), (193, 1, 20, 64), (5, 7, 1025, 70), (40, 4, 2100, 10), (200, 2, 1024, 17)],
+    [
+        (15, 1, 3, 5),
+        (16, 1, 1, 1),
+        (67, 2, 33, 130),
+        (193, 1, 20, 64),
+        (5, 7, 1025, 70),
+        (40, 4, 2100, 10),
+        (200, 2, 1024, 17),
+        (800, 3, 70, 130),
+        (500, 6, 1030, 21),
+    ],
 )
 @pytest.mark.parametrize("apart", [False, True], ids=["neighbours", "apart"])
 def test_rows_depth_and_columns_in_blocks(rows, k, features, out, apart):
@@ -51,12 +61,14 @@ def test_gradients_in_blocks_of_columns(rows, out, features):
 
 def test_the_number_of_threads_changes_no_bit():
     x, dx = stacked(70, 6, 300, torch.float32)
+    many = stacked(600, 5, 40, torch.float32)
     w, g = randn(200, 300, seed=8, dtype=torch.float32), randn(16, 900, seed=9, dtype=torch.float32)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             found.append((*ops.linear_jvp(x, dx, w, k=6)[:2], ops.linear_gradient(g, g)))
+            found[-1] += ops.linear_jvp(*many, w[:, :40], k=5)[:2]
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

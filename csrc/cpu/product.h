@@ -68,12 +68,15 @@ struct Rows {
 };
 
 /// c [*, out] = start + a w^T for a [*, in] in one or more pieces and w [out, in]; start(row, o, n, to) writes the n
-/// values that the sums of a row start from at column o. A thread packs a panel of w and takes rows of a through it.
+/// values that the sums of a row start from at column o. With few rows, a thread packs a panel of w and takes all rows
+/// through it; with many, w is packed once as a whole and a thread takes a block of rows, which stays in second-level
+/// cache, through all panels, so that a comes from memory once and not once for every panel.
 template <class T, class Start>
 void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t out, T* c, const Start& start) {
   constexpr int64_t kRows = 32 * kTileRows;    // rows of a task
   constexpr int64_t kDepth = 1024;             // of a packed panel, which stays in second-level cache
   constexpr int64_t kWork = int64_t{1} << 18;  // multiplications that are worth a thread
+  constexpr int64_t kManyBlocks = 16;
   std::vector<Rows<T>> blocks;
   for (const Rows<T>& piece : pieces) {
     for (int64_t r = 0; r < piece.count; r += kRows) {
@@ -81,37 +84,61 @@ void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t
     }
   }
   const int64_t panel = panel_width<T>(), vector = vector_width<T>(), depth = std::min(in, kDepth);
-  const int64_t count = static_cast<int64_t>(blocks.size()), tasks = count * ceil_div(out, panel);
-  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, kRows * panel * in));
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t from, int64_t to) {
-    Scratch<T> packed(panel * depth), edge(kTileRows * panel);
-    for (int64_t p = from / count; p * count < to; ++p) {
-      const int64_t o = p * panel, live = std::min(panel, out - o), width = ceil_div(live, vector) * vector;
-      const int64_t first = std::max(from - p * count, int64_t{0}), last = std::min(to - p * count, count);
+  const int64_t count = static_cast<int64_t>(blocks.size()), panels = ceil_div(out, panel);
+  const auto width_of = [&](int64_t p) { return ceil_div(std::min(panel, out - p * panel), vector) * vector; };
+  // a block through columns i0 .. i0 + n of panel p, which `packed` holds; edge [kTileRows, panel], zeros at first
+  const auto multiply = [&](const Rows<T>& block, int64_t p, int64_t i0, int64_t n, const T* packed, T* edge) {
+    const int64_t o = p * panel, live = std::min(panel, out - o), width = width_of(p);
+    for (int64_t r = 0; r < block.count; r += kTileRows) {
+      const int64_t rows = std::min(kTileRows, block.count - r);
+      T* target = c + (block.first + r) * out + o;
+      T* acc = live == width ? target : edge;  // the tile writes whole vectors
+      const int64_t ld = live == width ? out : panel;
+      for (int64_t j = 0; j < rows; ++j) {
+        if (i0 == 0) {
+          start(block.first + r + j, o, live, acc + j * ld);
+        } else if (acc != target) {
+          std::copy(target + j * out, target + j * out + live, acc + j * ld);
+        }
+      }
+      tile(packed, width, block.a + r * in + i0, in, rows, n, acc, ld, false);
+      for (int64_t j = 0; acc != target && j < rows; ++j) {
+        std::copy(acc + j * ld, acc + j * ld + live, target + j * out);
+      }
+    }
+  };
+  if (count >= kManyBlocks) {
+    Scratch<T> packed(panels * panel * in);
+    torch::stable::parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
+      for (int64_t p = from; p < to; ++p) {
+        const T* rows = w + p * panel * in;
+        pack(rows, in, std::min(panel, out - p * panel), in, width_of(p), packed.data() + p * panel * in);
+      }
+    });
+    torch::stable::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
+      Scratch<T> edge(kTileRows * panel);
       std::fill(edge.data(), edge.data() + kTileRows * panel, T(0));
-      for (int64_t i0 = 0; i0 == 0 || i0 < in; i0 += depth) {
-        const int64_t n = std::min(depth, in - i0);
-        pack(w + o * in + i0, in, live, n, width, packed.data());
-        for (int64_t b = first; b < last; ++b) {
-          const Rows<T>& block = blocks[b];
-          for (int64_t r = 0; r < block.count; r += kTileRows) {
-            const int64_t rows = std::min(kTileRows, block.count - r);
-            T* target = c + (block.first + r) * out + o;
-            T* acc = live == width ? target : edge.data();  // the tile writes whole vectors
-            const int64_t ld = live == width ? out : panel;
-            for (int64_t j = 0; j < rows; ++j) {
-              if (i0 == 0) {
-                start(block.first + r + j, o, live, acc + j * ld);
-              } else if (acc != target) {
-                std::copy(target + j * out, target + j * out + live, acc + j * ld);
-              }
-            }
-            tile(packed.data(), width, block.a + r * in + i0, in, rows, n, acc, ld, false);
-            for (int64_t j = 0; acc != target && j < rows; ++j) {
-              std::copy(acc + j * ld, acc + j * ld + live, target + j * out);
-            }
+      for (int64_t b = from; b < to; ++b) {
+        for (int64_t p = 0; p < panels; ++p) {
+          for (int64_t i0 = 0; i0 == 0 || i0 < in; i0 += depth) {
+            const T* part = packed.data() + p * panel * in + i0 * width_of(p);
+            multiply(blocks[b], p, i0, std::min(depth, in - i0), part, edge.data());
           }
         }
+      }
+    });
+    return;
+  }
+  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, kRows * panel * in));
+  torch::stable::parallel_for(0, count * panels, grain, [&](int64_t from, int64_t to) {
+    Scratch<T> packed(panel * depth), edge(kTileRows * panel);
+    std::fill(edge.data(), edge.data() + kTileRows * panel, T(0));
+    for (int64_t p = from / count; p * count < to; ++p) {
+      const int64_t first = std::max(from - p * count, int64_t{0}), last = std::min(to - p * count, count);
+      for (int64_t i0 = 0; i0 == 0 || i0 < in; i0 += depth) {
+        const int64_t n = std::min(depth, in - i0);
+        pack(w + p * panel * in + i0, in, std::min(panel, out - p * panel), n, width_of(p), packed.data());
+        for (int64_t b = first; b < last; ++b) multiply(blocks[b], p, i0, n, packed.data(), edge.data());
       }
     }
   });

@@ -262,8 +262,11 @@ class DualTensor(torch.Tensor):
                     if k:
                         raise _k_mismatch(func, k, arg.k)
                     k = arg.k
-            elif isinstance(arg, Tensor) and (arg.is_conj() or arg.is_neg()):
-                lazy = True
+            elif isinstance(arg, Tensor):
+                if arg.is_conj() or arg.is_neg():
+                    lazy = True
+                elif arg.layout is not torch.strided or arg.is_quantized:
+                    _refuse_unusual(func, arg)
         if lazy:
             args = tuple(resolve(a) for a in args)
         out = body(func, *args, **kwargs) if kwargs else body(func, *args)
@@ -298,11 +301,33 @@ def resolve(x: Any) -> Any:
     return x
 
 
+#: operations whose rules take a sparse matrix beside a DualTensor
+_TAKE_SPARSE = frozenset(
+    {f"aten::{name}" for name in ("matmul", "mm", "mv", "bmm", "addmm", "addmv", "_sparse_addmm", "_sparse_mm", "add", "t")}
+)
+
+
+def _refuse_unusual(func: Any, arg: Tensor) -> None:
+    """Quantized tensors, and sparse ones but for products and sums: results would be laid out unlike their tangents."""
+    if arg.is_quantized:
+        raise NotImplementedError(
+            f"{func}{called_from()}: an argument is a quantized tensor ({arg.dtype}), through which no tangents go; "
+            "dequantize() it first"
+        )
+    if func._schema.name not in _TAKE_SPARSE:
+        raise NotImplementedError(
+            f"{func}{called_from()}: an argument has layout {arg.layout}, which only products with a sparse matrix and sums "
+            "take; use to_dense()"
+        )
+
+
 def _check_plain(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor) or isinstance(tensor, DualTensor):
         raise TypeError(f"DualTensor: {name} is of type {type(tensor).__name__}; expected a plain torch.Tensor")
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise TypeError(f"DualTensor: {name} has dtype {tensor.dtype}; only floating point and complex tensors have tangents")
+    if tensor.dtype.itemsize < 2:
+        raise TypeError(f"DualTensor: {name} has dtype {tensor.dtype}; floating point tensors need at least 16 bits")
     if tensor.layout != torch.strided:
         raise TypeError(f"DualTensor: {name} has layout {tensor.layout}; only torch.strided is supported")
 

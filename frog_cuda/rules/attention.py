@@ -35,11 +35,12 @@ def attention(
     kk, dk = parts(key)
     v, dv = parts(value)
     if (
-        dropout_p > 0.0
+        dropout_p != 0.0
         or type(attn_mask) is DualTensor
         or (dq is None and dk is None and dv is None)
         or not _fits(q, kk, v, attn_mask, enable_gqa)
     ):
+        _check(q, kk, v, parts(attn_mask)[0], dropout_p)
         return _step_by_step(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     shape = (*q.shape[:-1], v.shape[-1])
     q, kk, v = (t.reshape(_four(t.shape)) for t in (q, kk, v))
@@ -75,6 +76,29 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Any, enable_gqa: bool) -> bool:
     if mask.dtype not in (torch.bool, q.dtype) or mask.dim() > len(full) or (q.dim() > 4 and mask.dim() > 3):
         return False
     return all(m in (1, f) for m, f in zip(reversed(mask.shape), reversed(full), strict=False))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout_p: float) -> None:
+    """What the steps below would refuse without naming it, or take without a word."""
+
+    def refuse(error: type[Exception], what: str) -> None:
+        raise error(f"scaled_dot_product_attention{called_from()}: {what}")
+
+    if not 0 <= dropout_p <= 1:
+        refuse(ValueError, f"dropout_p is {dropout_p}; expected a probability, 0 to 1")
+    if q.dim() < 2 or k.dim() < 2 or v.dim() < 2 or k.shape[-1] != q.shape[-1] or v.shape[-2] != k.shape[-2]:
+        refuse(
+            ValueError,
+            f"query, key and value have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; expected "
+            "(*, L, D), (*, S, D) and (*, S, Dv)",
+        )
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        refuse(TypeError, f"attn_mask has dtype {mask.dtype}; accepted are torch.bool and the dtype of the query, {q.dtype}")
+    full = (*q.shape[:-1], k.shape[-2])
+    if mask.dim() > len(full) or any(m not in (1, f) for m, f in zip(reversed(mask.shape), reversed(full), strict=False)):
+        refuse(ValueError, f"attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to {full}")
 
 
 def _step_by_step(q: Any, k: Any, v: Any, mask: Any, dropout_p: float, is_causal: bool, scale: Any, gqa: bool) -> Any:

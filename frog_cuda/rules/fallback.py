@@ -69,6 +69,11 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     # are updated once
     out = func(*a, **kw)
     outs, out_spec = tree_flatten(out)
+    if slots and any(isinstance(o, Tensor) and o.is_quantized for o in outs):
+        raise NotImplementedError(
+            f"{func}{called_from()}: the result is quantized and cannot carry tangents; use the primal if that is meant, or "
+            "a rounding that lets tangents pass"
+        )
     wanted = [j for j, o in enumerate(outs) if isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())]
     if not slots or not wanted:
         return out

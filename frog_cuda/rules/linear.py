@@ -50,6 +50,9 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         b, b_sampled = bias._primal, bias.sampled
         if b_sampled is None:
             db = bias._tangents if bias._activity is None else bias.tangents
+    if w.layout is not torch.strided and w.dim() == 2:
+        product = torch.matmul(input, w.t())
+        return product if bias is None else product + bias
     if x.dtype is not w.dtype or x.dtype not in FUSED_DTYPES or w.dim() != 2 or x.dim() == 0:
         return NotImplemented
     if activity is not None:

@@ -22,6 +22,11 @@ def product(a: Tensor, ta: Tensor | None, b: Tensor, tb: Tensor | None) -> Tenso
         b, tb = b.unsqueeze(1), None if tb is None else tb.unsqueeze(2)
     ndim = max(a.dim(), b.dim())
     total = None
+    if a.layout != torch.strided and tb is not None:  # sparse: a dense matrix with k times the columns
+        assert ta is None
+        columns = torch.matmul(a.to(tb.dtype), tb.movedim(0, 1).flatten(1))  # (n, k * p)
+        total = columns.unflatten(1, (tb.shape[0], -1)).movedim(1, 0).contiguous()
+        return total.squeeze(-1) if right else total
     if ta is not None:
         total = torch.matmul(_batch(ta, ndim), b.to(ta.dtype))
     if tb is not None:
@@ -48,7 +53,7 @@ def matmul(func: Any, a: Any, b: Any) -> Any:
     return out if moved is None else wrap(out, moved, low_dtype(a, b))
 
 
-@aten(_aten.addmm.default, _aten.baddbmm.default, _aten.addmv.default)
+@aten(_aten.addmm.default, _aten.baddbmm.default, _aten.addmv.default, _aten._sparse_addmm.default)
 def addmm(func: Any, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     pc, tc = parts(c)
     pa, ta = parts(a)

@@ -12,152 +12,27 @@
 #include <cmath>
 #include <limits>
 
-#include "draw.h"
+#include "product.h"
 
 namespace frog {
 namespace {
 
 constexpr const char* kOp = "normalization_jvp";
-constexpr int64_t kRun = 4096;    // elements summed in T before they enter the double sums
 constexpr int64_t kWork = 32768;  // elements of primal and tangents that are worth a thread
 
 template <class T>
-struct Problem {
-  int64_t outer, groups, inner, k;
-  int64_t weight_groups, weight_inner;  // weight [weight_groups, weight_inner]
-  bool centred;
-  double eps;
-  const T *x, *dx, *weight, *dweight, *bias, *dbias, *given_mean, *given_var;  // dx [k, outer, groups, inner] or null
-  T *y, *dy, *mean, *var;                                                      // mean, var [groups]
-  int64_t numel() const { return outer * groups * inner; }
+struct Simd;
+template <>
+struct Simd<float> {
+  static constexpr auto normalise = &SimdKernels::normalise_f32;
 };
-
-// sum of f(j) over j < n: independent partial sums for the compiler to vectorise, long runs closed in double
-template <class T, class F>
-double total(int64_t n, const F& f) {
-  constexpr int kLanes = 64 / sizeof(T);
-  double sum = 0;
-  for (int64_t start = 0; start < n; start += kRun) {
-    const int64_t end = std::min(n, start + kRun);
-    T lanes[kLanes] = {};
-    int64_t j = start;
-    for (; j + kLanes <= end; j += kLanes) {
-      for (int l = 0; l < kLanes; ++l) lanes[l] += f(j + l);
-    }
-    for (; j < end; ++j) sum += static_cast<double>(f(j));
-    for (int l = 0; l < kLanes; ++l) sum += static_cast<double>(lanes[l]);
-  }
-  return sum;
-}
-
-// Factors of the elements of a group: constant over runs of `inner / weight_inner` elements, or over the whole group.
-template <class T>
-struct Affine {
-  const T* values;  // [weight_inner] of this group, or null
-  int64_t run;
-  T at(int64_t j, T otherwise) const { return values == nullptr ? otherwise : values[j / run]; }
+template <>
+struct Simd<double> {
+  static constexpr auto normalise = &SimdKernels::normalise_f64;
 };
 
 template <class T>
-Affine<T> affine(const Problem<T>& p, const T* values, int64_t set, int64_t g) {
-  if (values == nullptr) return {nullptr, 1};
-  return {values + (set * p.weight_groups + g % p.weight_groups) * p.weight_inner,
-          std::max<int64_t>(1, p.inner / std::max<int64_t>(1, p.weight_inner))};
-}
-
-// Calls body(from, to) for the runs of [0, inner) over which every factor is constant; one run for each element where
-// weight_inner == inner would be slow, so that case gets the whole range and `constant` = false.
-template <class T, class Body>
-void for_runs(const Problem<T>& p, const Body& body) {
-  if (p.weight_inner == p.inner || p.weight_inner == 0) return body(int64_t{0}, p.inner, p.weight_inner <= 1);
-  const int64_t run = p.inner / p.weight_inner;
-  for (int64_t from = 0; from < p.inner; from += run) body(from, from + run, true);
-}
-
-template <class T>
-void normalise_group(const Problem<T>& p, int64_t g, std::vector<T>& hat) {
-  const int64_t n = p.outer * p.inner, stride = p.groups * p.inner;
-  double mean = 0, var = 0;
-  if (p.given_mean != nullptr) {
-    mean = static_cast<double>(p.given_mean[g]), var = static_cast<double>(p.given_var[g]);
-  } else {
-    if (p.centred) {
-      for (int64_t o = 0; o < p.outer; ++o) {
-        const T* x = p.x + o * stride + g * p.inner;
-        mean += total<T>(p.inner, [=](int64_t j) { return x[j]; });
-      }
-      mean /= static_cast<double>(n);
-    }
-    const T centre = static_cast<T>(mean);
-    for (int64_t o = 0; o < p.outer; ++o) {
-      const T* x = p.x + o * stride + g * p.inner;
-      var += total<T>(p.inner, [=](int64_t j) { return (x[j] - centre) * (x[j] - centre); });
-    }
-    var /= static_cast<double>(n);
-  }
-  p.mean[g] = static_cast<T>(mean), p.var[g] = static_cast<T>(var);
-  const T centre = static_cast<T>(mean), r = static_cast<T>(1 / std::sqrt(var + p.eps));
-  const Affine<T> w = affine(p, p.weight, 0, g), b = affine(p, p.bias, 0, g);
-  for (int64_t o = 0; o < p.outer; ++o) {
-    const T* x = p.x + o * stride + g * p.inner;
-    T* y = p.y + o * stride + g * p.inner;
-    T* h = hat.data() + o * p.inner;
-    for (int64_t j = 0; j < p.inner; ++j) h[j] = (x[j] - centre) * r;
-    for_runs(p, [&](int64_t from, int64_t to, bool constant) {
-      if (constant) {
-        const T factor = w.at(from, T(1)), add = b.at(from, T(0));
-        for (int64_t j = from; j < to; ++j) y[j] = h[j] * factor + add;
-      } else {
-        for (int64_t j = from; j < to; ++j) {
-          y[j] = h[j] * (w.values ? w.values[j] : T(1)) + (b.values ? b.values[j] : T(0));
-        }
-      }
-    });
-  }
-  for (int64_t i = 0; i < p.k; ++i) {
-    T shift = T(0), turn = T(0);  // mean(dx) and mean(dx x^)
-    if (p.dx != nullptr && p.given_mean == nullptr) {
-      double sum = 0, product = 0;
-      for (int64_t o = 0; o < p.outer; ++o) {
-        const T* dx = p.dx + i * p.numel() + o * stride + g * p.inner;
-        const T* h = hat.data() + o * p.inner;
-        if (p.centred) sum += total<T>(p.inner, [=](int64_t j) { return dx[j]; });
-        product += total<T>(p.inner, [=](int64_t j) { return dx[j] * h[j]; });
-      }
-      shift = static_cast<T>(sum / static_cast<double>(n)), turn = static_cast<T>(product / static_cast<double>(n));
-    }
-    const Affine<T> dw = affine(p, p.dweight, i, g), db = affine(p, p.dbias, i, g);
-    for (int64_t o = 0; o < p.outer; ++o) {
-      const T* dx = p.dx == nullptr ? nullptr : p.dx + i * p.numel() + o * stride + g * p.inner;
-      T* dy = p.dy + i * p.numel() + o * stride + g * p.inner;
-      const T* h = hat.data() + o * p.inner;
-      for_runs(p, [&](int64_t from, int64_t to, bool constant) {
-        if (constant) {
-          const T factor = w.at(from, T(1)) * r, tilt = dw.at(from, T(0)), add = db.at(from, T(0));
-          if (dx == nullptr) {
-            for (int64_t j = from; j < to; ++j) dy[j] = tilt * h[j] + add;
-          } else {
-            for (int64_t j = from; j < to; ++j) dy[j] = factor * (dx[j] - shift - turn * h[j]) + (tilt * h[j] + add);
-          }
-          return;
-        }
-        for (int64_t j = from; j < to; ++j) {
-          const T moved = dx == nullptr ? T(0) : r * (dx[j] - shift - turn * h[j]);
-          dy[j] = (w.values ? w.values[j] * moved : moved);
-        }
-        if (dw.values) {
-          for (int64_t j = from; j < to; ++j) dy[j] += dw.values[j] * h[j];
-        }
-        if (db.values) {
-          for (int64_t j = from; j < to; ++j) dy[j] += db.values[j];
-        }
-      });
-    }
-  }
-}
-
-template <class T>
-void run(const Problem<T>& p) {
+void run(const Normalization<T>& p) {
   if (p.numel() == 0) {  // statistics of nothing
     std::fill(p.mean, p.mean + p.groups, std::numeric_limits<T>::quiet_NaN());
     std::fill(p.var, p.var + p.groups, std::numeric_limits<T>::quiet_NaN());
@@ -165,8 +40,8 @@ void run(const Problem<T>& p) {
   }
   const int64_t each = std::max<int64_t>(1, p.outer * p.inner * (1 + p.k));
   torch::stable::parallel_for(0, p.groups, std::max<int64_t>(1, kWork / each), [&](int64_t from, int64_t to) {
-    std::vector<T> hat(p.outer * p.inner);
-    for (int64_t g = from; g < to; ++g) normalise_group(p, g, hat);
+    Scratch<T> scratch(3 * p.outer * p.inner);
+    for (int64_t g = from; g < to; ++g) (simd().*Simd<T>::normalise)(p, g, scratch.data());
   });
 }
 
@@ -229,26 +104,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalization_jvp(
     const auto data = [](const std::optional<Tensor>& t) {
       return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
     };
-    run(Problem<T>{outer,
-                   groups,
-                   inner,
-                   k,
-                   weight_groups,
-                   weight_inner,
-                   centred,
-                   eps,
-                   data(x_),
-                   data(dx_),
-                   data(w_),
-                   data(dw_),
-                   data(b_),
-                   data(db_),
-                   data(m_),
-                   data(v_),
-                   static_cast<T*>(y.mutable_data_ptr()),
-                   static_cast<T*>(dy.mutable_data_ptr()),
-                   static_cast<T*>(mean_out.mutable_data_ptr()),
-                   static_cast<T*>(var_out.mutable_data_ptr())});
+    run(Normalization<T>{outer,
+                         groups,
+                         inner,
+                         k,
+                         weight_groups,
+                         weight_inner,
+                         centred,
+                         eps,
+                         data(x_),
+                         data(dx_),
+                         data(w_),
+                         data(dw_),
+                         data(b_),
+                         data(db_),
+                         data(m_),
+                         data(v_),
+                         static_cast<T*>(y.mutable_data_ptr()),
+                         static_cast<T*>(dy.mutable_data_ptr()),
+                         static_cast<T*>(mean_out.mutable_data_ptr()),
+                         static_cast<T*>(var_out.mutable_data_ptr())});
   };
   if (compute == ScalarType::Double) {
     go(double{});

@@ -21,6 +21,7 @@
 #include "elementary.h"
 #include "math_impl.h"
 #include "attention_impl.h"
+#include "normalization_impl.h"
 #include "kernels_impl.h"
 
 namespace frog {

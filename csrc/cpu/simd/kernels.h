@@ -40,6 +40,18 @@ struct MathKernels {
   void (*log_softmax_tangents)(const T* p, const T* dx, int64_t n, int64_t rows, T* dy);
 };
 
+// What normalization_jvp computes, see csrc/cpu/normalization.cpp.
+template <class T>
+struct Normalization {
+  int64_t outer, groups, inner, k;
+  int64_t weight_groups, weight_inner;  // weight [weight_groups, weight_inner]
+  bool centred;
+  double eps;
+  const T *x, *dx, *weight, *dweight, *bias, *dbias, *given_mean, *given_var;  // dx [k, outer, groups, inner] or null
+  T *y, *dy, *mean, *var;                                                      // mean, var [groups]
+  int64_t numel() const { return outer * groups * inner; }
+};
+
 struct SimdKernels {
   const char* name;
 
@@ -71,6 +83,9 @@ struct SimdKernels {
                      double* shift, double* correction);
   void (*rescale_f32)(float* out, int64_t groups, int64_t rows, int64_t width, const float* correction);
   void (*rescale_f64)(double* out, int64_t groups, int64_t rows, int64_t width, const double* correction);
+  // group g: statistics, values and tangents; scratch [3, outer * inner]
+  void (*normalise_f32)(const Normalization<float>& p, int64_t g, float* scratch);
+  void (*normalise_f64)(const Normalization<double>& p, int64_t g, double* scratch);
   int64_t vector_f32, vector_f64;  // elements of a vector register
   int64_t panel_f32, panel_f64;    // widest xt panel the tile kernel takes
 

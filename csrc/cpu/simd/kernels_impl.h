@@ -331,6 +331,8 @@ const SimdKernels kTable = {
     attend<double>,
     rescale<float>,
     rescale<double>,
+    normalise_group<float>,
+    normalise_group<double>,
     F32::kWidth,
     F64::kWidth,
     kTileVectors * F32::kWidth,

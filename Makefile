@@ -87,7 +87,7 @@ test-cuda-build: $(CUDA_READY)
 	@tar -cf - --exclude=./.git --exclude='./.venv*' --exclude=./build --exclude='*.so' --exclude=__pycache__ . | tar -xf - -C $(CUDA_TREE)
 	@cd $(CUDA_TREE) && export FROG_CUDA_BUILD=cuda TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" && \
 	    $(CURDIR)/$(CUDA_VENV)/bin/python setup.py --quiet build_ext --inplace
-	@cd $(CUDA_TREE) && $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest -q $(ARGS)
+	@cd $(CUDA_TREE) && FROG_CUDA_ON_CPU_BUILD=$(CURDIR)/build/cuda_on_cpu $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest -q $(ARGS)
 
 bench: $(BUILT)
 	@$(PY) benchmarks/run.py $(ARGS)

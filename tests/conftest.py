@@ -18,6 +18,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Kernels that several files of tests will run on the host are compiled while earlier tests run."""
+    stems = {item.path.stem.removeprefix("test_cuda_") for item in session.items if item.path.stem.startswith("test_cuda_")}
+    if len(stems) > 1 and not session.config.option.collectonly:
+        from cuda_on_cpu.client import build_ahead
+
+        build_ahead(sorted(stems))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """How many operators of PyTorch's database (tests/test_op_db.py) were compared, and equal."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -10,6 +11,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +22,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-BUILD = ROOT / "build" / "cuda_on_cpu"
+BUILD = Path(os.environ.get("FROG_CUDA_ON_CPU_BUILD") or ROOT / "build" / "cuda_on_cpu")
 FLAGS = (
     "-std=c++17 -O1 -g1 -shared -fPIC -Wall -Wextra -Werror -Wno-unknown-pragmas -ffp-contract=off -fvisibility=hidden "
     "-fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -53,12 +57,34 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX") or "c++")
 
 
+_locks: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+
+def build_ahead(stems: Iterable[str]) -> None:
+    """Begins to compile files of kernels, one on each core, while other tests run."""
+    sources = [path for stem in dict.fromkeys(stems) if (path := HERE / f"{stem}.cpp").exists()]
+
+    def work() -> None:
+        while sources:
+            with contextlib.suppress(KernelError, IndexError):  # the test that needs it says so
+                build(sources.pop(0))
+
+    for _ in range(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1):
+        threading.Thread(target=work, daemon=True).start()
+
+
 def build(source: Path) -> Path:
     """The shared library of one file of kernels; compiled where it or what it may include has changed."""
+    with _locks[source]:
+        return _build(source)
+
+
+def _build(source: Path) -> Path:
     own = [source, HERE / "cuda_on_cpu.cpp"]
     seen = [*own, *HERE.glob("*.h"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").rglob("*.cuh")]
-    command = [*compiler(), *FLAGS, f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
-    digest = hashlib.sha256(" ".join(command).encode())
+    command = [*compiler(), *FLAGS]
+    digest = hashlib.sha256(" ".join(command).encode())  # without paths: a copy of the sources compiles to the same
+    command += [f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
     for path in sorted(seen):
         digest.update(path.name.encode() + path.read_bytes())
     library = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.so"

@@ -61,9 +61,14 @@ FROG_HD float fused(float a, float b, float c) {
 #endif
 }
 
+// The correctly rounded root of a normal x. What __fsqrt_rn does for such x, without its branch for others, which would
+// keep the pairs of a call from being computed side by side.
 FROG_HD float round_sqrt(float x) {
 #if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(x);
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  const float root = __fmul_rn(x, inverse), half = __fmul_rn(inverse, 0.5f);
+  return __fmaf_rn(__fmaf_rn(-root, root, x), half, root);
 #else
   return std::sqrt(x);
 #endif

@@ -36,14 +36,23 @@ constexpr int kGramPairs = kGramThreads / 64;
 
 // ---- where operands come from
 //
-// A source cuts the elements into groups of kGroup, a group into kUnits units. Of a unit a lane holds kSteps operands
-// for each octet; load() gets them in the form Raw, operand() makes the kAtOnce of one round. Elements outside the
-// range are 0. Rows of an octet beyond k may hold anything: no entry that is asked for depends on them.
+// A source cuts the elements into groups of kGroup, a group into kUnits units. Of a unit a lane loads four words for
+// each octet; operand() makes kAtOnce operands of the first of them (or of the first two), advance() moves the others
+// up. Elements outside the range are made 0 by what keep() finds once for all octets. Rows of an octet beyond k may
+// hold anything: no entry that is asked for depends on them.
+
+using Raw = PhiloxWords;
+
+template <int kBy>
+__device__ __forceinline__ void advance_words(Raw& raw) {
+#pragma unroll
+  for (int w = 0; w + kBy < 4; ++w) raw.w[w] = raw.w[w + kBy];
+}
 
 struct SignSource {
   using Operand = uint32_t;
   using Sum = int;
-  using Raw = PhiloxWords;
+  using Keep = Raw;  // the bits inside, word by word
   static constexpr int kRounds = 4, kAtOnce = 1;
   static constexpr bool kAhead = false;                // load the next unit before this one's products
   static constexpr int64_t kGroup = kRademacherGroup;  // elements of a group of units
@@ -53,27 +62,31 @@ struct SignSource {
   int64_t first, begin, end;  // elements [begin, end) of the global vector
   Stream stream;
 
-  __device__ void start() { stream = read_stream(state); }
-  __device__ Raw load(int64_t unit, int64_t tangent, int t) const {
-    Raw words = draw_words(stream, first + tangent, static_cast<uint64_t>(4 * unit + t));
+  __device__ __forceinline__ void start() { stream = read_stream(state); }
+  __device__ __forceinline__ Keep keep(int64_t unit, int t) const {
     const int64_t group = unit / kUnits * kGroup;
-    if (group < begin || group + kGroup > end) {
-      const int call = static_cast<int>(4 * (unit % kUnits)) + t;
+    if (group >= begin && group + kGroup <= end) return {{~0u, ~0u, ~0u, ~0u}};
+    const int call = static_cast<int>(4 * (unit % kUnits)) + t;
+    Keep inside;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) words.w[w] &= run_mask(group + 32 * sign_run(call, w), begin, end);
-    }
-    return words;
+    for (int w = 0; w < 4; ++w) inside.w[w] = run_mask(group + 32 * sign_run(call, w), begin, end);
+    return inside;
   }
-  __device__ void operand(const Raw& raw, int64_t, int, int round, Operand out[kAtOnce]) const {
-    out[0] = raw.w[round];
+  __device__ __forceinline__ Raw load(int64_t unit, int64_t tangent, int t) const {
+    return draw_words(stream, first + tangent, static_cast<uint64_t>(4 * unit + t));
   }
-  __device__ static void multiply(Sum (&d)[2], Operand a, Operand b) { mma_m8n8k128(d, a, b); }
+  __device__ __forceinline__ static void operand(const Raw& raw, const Keep& inside, Operand out[kAtOnce]) {
+    out[0] = raw.w[0] & inside.w[0];
+  }
+  __device__ __forceinline__ static void advance(Raw& raw) { advance_words<1>(raw); }
+  __device__ __forceinline__ static void advance_keep(Keep& inside) { advance_words<1>(inside); }
+  __device__ __forceinline__ static void multiply(Sum (&d)[2], Operand a, Operand b) { mma_m8n8k128(d, a, b); }
 };
 
 struct NormalSource {
   using Operand = double;
   using Sum = double;
-  using Raw = PhiloxWords;
+  using Keep = uint32_t;  // a bit for each of the eight elements
   static constexpr int kRounds = 4, kAtOnce = 2;
   static constexpr bool kAhead = false;
   static constexpr int64_t kGroup = kNormalGroup;
@@ -83,32 +96,39 @@ struct NormalSource {
   int64_t first, begin, end;
   Stream stream;
 
-  __device__ void start() { stream = read_stream(state); }
-  __device__ Raw load(int64_t unit, int64_t tangent, int t) const {
+  __device__ __forceinline__ void start() { stream = read_stream(state); }
+  __device__ __forceinline__ Keep keep(int64_t unit, int t) const {
+    const int64_t group = unit / kUnits * kGroup;
+    if (group >= begin && group + kGroup <= end) return 0xFFu;
+    const int64_t place = group + normal_place(static_cast<int>(4 * (unit % kUnits)) + t);
+    Keep inside = 0;
+    for (int e = 0; e < 8; ++e) {
+      const int64_t at = place + e % 4 + 32 * (e / 4);
+      if (at >= begin && at < end) inside |= 1u << e;
+    }
+    return inside;
+  }
+  __device__ __forceinline__ Raw load(int64_t unit, int64_t tangent, int t) const {
     return draw_words(stream, first + tangent, static_cast<uint64_t>(4 * unit + t));
   }
-  __device__ void operand(const Raw& raw, int64_t unit, int t, int round, Operand out[kAtOnce]) const {
+  __device__ __forceinline__ static void operand(const Raw& raw, Keep inside, Operand out[kAtOnce]) {
     float pair[2];
-    normal_pair(raw.w[round], pair, pair + 1);
-    const int64_t group = unit / kUnits * kGroup;
-    if (group < begin || group + kGroup > end) {
-      const int call = static_cast<int>(4 * (unit % kUnits)) + t;
-      const int64_t at = group + 32 * (round / 2) + normal_place(call) + 2 * (round % 2);
-      if (at < begin || at >= end) pair[0] = 0.0f;
-      if (at + 1 < begin || at + 1 >= end) pair[1] = 0.0f;
-    }
-    out[0] = static_cast<double>(pair[0]);
-    out[1] = static_cast<double>(pair[1]);
+    normal_pair(raw.w[0], pair, pair + 1);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) out[e] = static_cast<double>((inside >> e) & 1u ? pair[e] : 0.0f);
   }
-  __device__ static void multiply(Sum (&d)[2], Operand a, Operand b) { mma_m8n8k4(d, a, b); }
+  __device__ __forceinline__ static void advance(Raw& raw) { advance_words<1>(raw); }
+  __device__ __forceinline__ static void advance_keep(Keep& inside) { inside >>= 2; }
+  __device__ __forceinline__ static void multiply(Sum (&d)[2], Operand a, Operand b) { mma_m8n8k4(d, a, b); }
 };
 
 template <class T>
 struct GivenSource {
   using Operand = double;
   using Sum = double;
-  using Raw = Pack<T, kPack<T>>;
-  static constexpr int kRounds = kPack<T>, kAtOnce = 1;
+  struct Keep {};                                                           // load() reads zeros
+  static constexpr int kWords = sizeof(T) == 8 ? 2 : 1;                     // of a round
+  static constexpr int kRounds = 4 / kWords, kAtOnce = kPack<T> / kRounds;  // operands
   static constexpr bool kAhead = true;
   static constexpr int64_t kGroup = 4 * kPack<T>;
   static constexpr int64_t kUnits = 1;
@@ -117,23 +137,32 @@ struct GivenSource {
   int64_t k, begin, end, stride;  // rows of `end` elements, `stride` apart; begin is 0
   bool aligned;                   // every row starts at a multiple of 16 bytes
 
-  __device__ void start() const {}
-  __device__ Raw load(int64_t unit, int64_t tangent, int t) const {
+  __device__ __forceinline__ void start() const {}
+  __device__ __forceinline__ Keep keep(int64_t, int) const { return {}; }
+  __device__ __forceinline__ Raw load(int64_t unit, int64_t tangent, int t) const {
     const int64_t at = unit * kGroup + t * kPack<T>;
+    Pack<T, kPack<T>> pack;
     if (aligned && tangent < k && at + kPack<T> <= end) {
-      return *reinterpret_cast<const Raw*>(data + tangent * stride + at);
+      pack = *reinterpret_cast<const Pack<T, kPack<T>>*>(data + tangent * stride + at);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) {
+        pack.at[j] = tangent < k && at + j < end ? data[tangent * stride + at + j] : narrow<T>(0);
+      }
     }
     Raw raw;
-#pragma unroll
-    for (int j = 0; j < kPack<T>; ++j) {
-      raw.at[j] = tangent < k && at + j < end ? data[tangent * stride + at + j] : narrow<T>(0);
-    }
+    memcpy(&raw, &pack, sizeof(raw));
     return raw;
   }
-  __device__ void operand(const Raw& raw, int64_t, int, int round, Operand out[kAtOnce]) const {
-    out[0] = static_cast<double>(widen(raw.at[round]));
+  __device__ __forceinline__ static void operand(const Raw& raw, Keep, Operand out[kAtOnce]) {
+    T values[kAtOnce];
+    memcpy(values, &raw, sizeof(values));
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e) out[e] = static_cast<double>(widen(values[e]));
   }
-  __device__ static void multiply(Sum (&d)[2], Operand a, Operand b) { mma_m8n8k4(d, a, b); }
+  __device__ __forceinline__ static void advance(Raw& raw) { advance_words<kWords>(raw); }
+  __device__ __forceinline__ static void advance_keep(Keep&) {}
+  __device__ __forceinline__ static void multiply(Sum (&d)[2], Operand a, Operand b) { mma_m8n8k4(d, a, b); }
 };
 
 // ---- the first kernel: sums of each part
@@ -144,19 +173,20 @@ __host__ __device__ __forceinline__ int64_t triangle(int64_t i, int64_t j) { ret
 // Sums of one part for tangents row .. row + 8 A by column .. column + 8 B, or the lower triangle of the former with
 // itself. partials [entries of the lower triangle, parts]. Blocks: parts of a tile, tile after tile.
 //
-// Fewer than eight tangents would leave rows of an octet idle: with up to four, `width` of them (1, 2 or 4), the octet
-// holds them 8 / width times over, each time with elements of another unit, and those products are added up at the end.
+// Fewer than eight tangents would leave rows of an octet idle: with up to four, an octet holds 1, 2 or 4 of them
+// 2^fold times over, each time with elements of another unit, and those products are added up at the end.
 template <class Source, int A, int B, bool kDiagonal>
 __global__ void __launch_bounds__(kGramThreads)
-    gram_kernel(Source source, int64_t k, int width, int64_t first_unit, int64_t units, int64_t parts,
+    gram_kernel(Source source, int64_t k, int fold, int64_t first_unit, int64_t units, int64_t parts,
                 double* __restrict__ partials) {
   using Sum = typename Source::Sum;
-  using Raw = typename Source::Raw;
   using Operand = typename Source::Operand;
   static_assert(!kDiagonal || A == B, "a tile on the diagonal is square");
   constexpr int kPairs = kDiagonal ? A * (A + 1) / 2 : A * B;
   constexpr int kColumns = kDiagonal ? 1 : B;  // octets of columns that are not rows
-  FROG_SHARED(double, shared);                 // [kGramPairs, warps, 64]
+  [[maybe_unused]] constexpr int kUnroll =
+      A > 2 ? 1 : Source::kRounds;  // a large tile's rounds, unrolled, would not fit the caches
+  FROG_SHARED(double, shared);      // [kGramPairs, warps, 64]
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int g = lane / 4, t = lane % 4;
   const int64_t part = blockIdx.x % parts;
@@ -172,11 +202,11 @@ __global__ void __launch_bounds__(kGramThreads)
   source.start();
 
   Sum sums[kPairs][2] = {};
-  const int slices = 8 / width;
-  const int64_t visits = ceil_div(units, slices);
+  const int slices = 1 << fold, width = 8 >> fold;
+  const int64_t visits = (units + slices - 1) >> fold;
   const int64_t from = visits * part / parts, to = visits * (part + 1) / parts;
-  const int64_t tangent = g % width;
-  const auto unit_of = [&](int64_t visit) { return first_unit + visit * slices + g / width; };
+  const int64_t tangent = g & (width - 1), unit = first_unit + (g >> (3 - fold));
+  const auto unit_of = [&](int64_t visit) { return unit + (visit << fold); };
   const auto load = [&](int64_t visit, Raw rows[A], Raw columns[kColumns]) {
 #pragma unroll
     for (int a = 0; a < A; ++a) {
@@ -200,17 +230,22 @@ __global__ void __launch_bounds__(kGramThreads)
     } else {
       load(visit, rows, columns);
     }
-#pragma unroll
+    typename Source::Keep keep = source.keep(unit_of(visit), t);
+#pragma unroll kUnroll
     for (int round = 0; round < Source::kRounds; ++round) {
       Operand left_side[A][Source::kAtOnce], right_side[kColumns][Source::kAtOnce];
       if (!kDiagonal) {
 #pragma unroll
-        for (int b = 0; b < kColumns; ++b) source.operand(columns[b], unit_of(visit), t, round, right_side[b]);
+        for (int b = 0; b < kColumns; ++b) {
+          Source::operand(columns[b], keep, right_side[b]);
+          Source::advance(columns[b]);
+        }
       }
 #pragma unroll
       for (int a = 0; a < A; ++a) {
         if (a >= octets) continue;
-        source.operand(rows[a], unit_of(visit), t, round, left_side[a]);
+        Source::operand(rows[a], keep, left_side[a]);
+        Source::advance(rows[a]);
 #pragma unroll
         for (int step = 0; step < Source::kAtOnce; ++step) {
           if constexpr (kDiagonal) {
@@ -224,6 +259,7 @@ __global__ void __launch_bounds__(kGramThreads)
           }
         }
       }
+      Source::advance_keep(keep);
     }
   }
 
@@ -330,18 +366,18 @@ void launch_gram_tiles(const Source& source, int64_t k, double* work, cudaStream
   const int64_t units = ceil_div(source.end, Source::kGroup) * Source::kUnits - first_unit;
   const size_t shared = kGramPairs * kGramWarps * 64 * sizeof(double);
   const dim3 block(kGramThreads);
-  const int width = k == 1 ? 1 : k == 2 ? 2 : k <= 4 ? 4 : 8;
+  const int fold = k == 1 ? 3 : k == 2 ? 2 : k <= 4 ? 1 : 0;
   if (k <= 16) {
-    launch(gram_kernel<Source, 2, 2, true>, dim3(parts), block, shared, stream, source, k, width, first_unit, units,
+    launch(gram_kernel<Source, 2, 2, true>, dim3(parts), block, shared, stream, source, k, fold, first_unit, units,
            parts, work);
     return;
   }
-  launch(gram_kernel<Source, 8, 8, true>, dim3(ceil_div(k, kGramTile) * parts), block, shared, stream, source, k, width,
+  launch(gram_kernel<Source, 8, 8, true>, dim3(ceil_div(k, kGramTile) * parts), block, shared, stream, source, k, fold,
          first_unit, units, parts, work);
   int64_t tiles = 0;
   for (int64_t p = 2; p * kGramSide < k; ++p) tiles += p / 2 * 2;
   if (tiles > 0) {
-    launch(gram_kernel<Source, 4, 4, false>, dim3(tiles * parts), block, shared, stream, source, k, width, first_unit,
+    launch(gram_kernel<Source, 4, 4, false>, dim3(tiles * parts), block, shared, stream, source, k, fold, first_unit,
            units, parts, work);
   }
 }

@@ -112,10 +112,17 @@ class Kernels:
     def __init__(self, stem: str | Path) -> None:
         self._source = stem if isinstance(stem, Path) else HERE / f"{stem}.cpp"
         self._process: subprocess.Popen[bytes] | None = None
+        self._broken: KernelError | None = None  # it did not compile, and will not for the next test
         self._errors: tempfile._TemporaryFileWrapper[bytes] | None = None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        library = build(self._source)
+        if self._broken is not None:
+            raise self._broken
+        try:
+            library = build(self._source)
+        except KernelError as error:
+            self._broken = error
+            raise
         environment = {
             **os.environ,
             "LD_PRELOAD": sanitizers(),

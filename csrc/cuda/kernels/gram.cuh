@@ -7,9 +7,8 @@
 //   Rademacher: words of Philox are the operands. Bits set in both words are counted (BMMA), 128 elements a step; with
 //     n_ij bits set in both, G_ij = n - 2 (n_ii + n_jj - 2 n_ij): exact. Floor: drawing, k / 128 calls an element.
 //   Normal: a call gives 8 steps of float64 products (DMMA). Products of float32 are exact in float64, and no sum of
-//     float32 would hold the bound of 1e-10. Floor: drawing, k (1/8 call + 1/2 Box-Muller pair) an element, while a
-//     device has as many float64 as float32 tensor operations as the A100 and its successors in data centres; on
-//     devices with few float64 units the products take longer than the draw.
+//     float32 would hold the bound of 1e-10. Floor: drawing, k (1/8 call + 1/2 Box-Muller pair) an element, as long as
+//     the device has float64 tensor cores in full number (A100, H100, H200); on others the products take longer.
 //   Given: the same products; floor: k n elements read once, 16 bytes a lane and load, the next ones under way.
 //
 // Sums of the elements' parts are written to memory, at most kGramParts, and added up in order by a second kernel: the

@@ -12,10 +12,11 @@
 
 namespace frog {
 
-constexpr int kTangentThreads = 256;
+/// Few, so that the windows of a small parameter still reach all multiprocessors.
+constexpr int kTangentThreads = 64;
 constexpr int kTangentWarps = kTangentThreads / kWarp;
 /// Blocks of a grid for each multiprocessor, 2048 threads twice over.
-constexpr int kTangentBlocks = 16;
+constexpr int kTangentBlocks = 64;
 /// Elements of a window of normal tangents, and of what is written at once of Rademacher ones.
 constexpr int kWindow = 256;
 /// Coefficients that a block holds at a time.

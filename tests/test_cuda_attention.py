@@ -111,7 +111,8 @@ SHAPES = [
     (1, 1, 1, 33, 65, 128, 128, 1),
     (1, 1, 1, 3, 33, 20, 130, 2),
     (1, 1, 1, 17, 33, 136, 8, 1),
-    (1, 1, 1, 2, 9, 200, 3, 1),
+    (1, 1, 1, 2, 9, 192, 3, 1),
+    (1, 2, 1, 17, 40, 24, 192, 2),
     (1, 1, 1, 5, 9, 8, 8, 16),
     (1, 1, 1, 1, 1025, 8, 4, 1),
 ]
@@ -191,10 +192,9 @@ def test_strided_and_misaligned_operands_give_the_same(kernels, dtype, width):
             assert torch.equal(a, e), options
 
 
-@pytest.mark.parametrize("tangent_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [9, 72])
-def test_tangents_of_a_lower_precision(kernels, tangent_dtype, width):
-    compare(kernels, inputs((1, 2, 1, 7, 33, 24, width, 3), tangent_dtype=tangent_dtype))
+def test_tangents_of_a_lower_precision(kernels, width):
+    compare(kernels, inputs((1, 2, 1, 7, 33, 24, width, 3), tangent_dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

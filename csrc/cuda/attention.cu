@@ -53,7 +53,8 @@ AttentionMask prepare_mask(const std::optional<Tensor>& mask) {
 }
 
 // The dtypes that a kernel computes on: those given where there is such a kernel, otherwise what the CPU converts to.
-std::pair<ScalarType, ScalarType> kernel_dtypes(ScalarType primal, const std::optional<Tensor>* const (&tangents)[3]) {
+std::pair<ScalarType, ScalarType> kernel_dtypes(ScalarType primal, const std::optional<Tensor>* const (&tangents)[3],
+                                                int64_t depth) {
   const ScalarType wide = primal == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   std::optional<ScalarType> common;
   for (const std::optional<Tensor>* t : tangents) {
@@ -62,7 +63,9 @@ std::pair<ScalarType, ScalarType> kernel_dtypes(ScalarType primal, const std::op
     common = (*t)->scalar_type();
   }
   const bool low = *common == ScalarType::BFloat16 || *common == ScalarType::Half;
-  return *common == primal || (primal == ScalarType::Float && low) ? std::pair{primal, *common} : std::pair{wide, wide};
+  const bool fits = *common == primal ? !low || depth <= kMostMmaDepth : primal == ScalarType::Float && low;
+  return fits ? std::pair{primal, *common} : std::pair{wide, wide};
+} : std::pair{wide, wide};
 }
 
 std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const std::optional<Tensor>& dquery, const Tensor& key,
@@ -81,7 +84,7 @@ std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const std::optiona
   const int64_t k = check_attention(kOp, query, dquery, key, dkey, value, dvalue, mask, scale);
 
   const OnDevice stream(query);
-  const std::pair<ScalarType, ScalarType> dtypes = kernel_dtypes(query.scalar_type(), tangents);
+  const std::pair<ScalarType, ScalarType> dtypes = kernel_dtypes(query.scalar_type(), tangents, query.size(3));
   const ScalarType primal = dtypes.first, tangent = dtypes.second;
   const Tensor q = prepare(query, primal), kk = prepare(key, primal), v = prepare(value, primal);
   const std::optional<Tensor> dq = prepare(dquery, tangent), dk = prepare(dkey, tangent), dv = prepare(dvalue, tangent);

@@ -54,6 +54,5 @@ void attention(const T* q, const D* dq, const T* key, const D* dkey, const T* v,
 ATTENTION(attention_float64, double, double)
 ATTENTION(attention_float32, float, float)
 ATTENTION(attention_float32_bfloat16, float, frog::bf16)
-ATTENTION(attention_float32_float16, float, frog::fp16)
 ATTENTION(attention_bfloat16, frog::bf16, frog::bf16)
 ATTENTION(attention_float16, frog::fp16, frog::fp16)

@@ -202,6 +202,11 @@ inline int64_t blocks_of_device(int per_multiprocessor) { return per_multiproces
 /// That of the smallest device.
 inline int64_t shared_memory_of_device() { return 99 * 1024; }
 
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < FLT_MIN ? 0.0f : y;
+}
+
 inline void copy_async16(void* shared, const void* global, bool inside) {
   cuda_on_cpu::copy_begin(shared, global, inside);
 }

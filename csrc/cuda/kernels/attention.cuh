@@ -7,6 +7,7 @@
 
 namespace frog {
 
+/// 16-bit floats: depth up to kMostMmaDepth.
 template <class T, class D>
 void launch_attention(AttentionProblem<T, D> p, cudaStream_t stream) {
   if (p.batch * p.heads * p.queries * p.width == 0) return;
@@ -17,19 +18,17 @@ void launch_attention(AttentionProblem<T, D> p, cudaStream_t stream) {
   p.dkey = with_packs(p.dkey);
   p.dvalue = with_packs(p.dvalue);
   if constexpr (sizeof(T) == 2) {
-    if (p.depth > kMostMmaDepth) {
-      launch_attention_as<64, 2, 64>(p, stream);
-    } else if (p.depth <= 128 && p.width <= 64) {
-      launch_attention_mma_as<64, 64>(p, stream);
+    if (p.depth <= 128 && p.width <= 64) {
+      launch_attention_mma<64, 64>(p, stream);
     } else {
-      launch_attention_mma_as<32, 128>(p, stream);
+      launch_attention_mma<32, 128>(p, stream);
     }
   } else if constexpr (sizeof(T) == 8) {
     launch_attention_as<32, 1, 64>(p, stream);
   } else if (p.width <= 64) {
     launch_attention_as<64, 2, 64>(p, stream);
   } else {
-    launch_attention_as<32, 1, 128>(p, stream);
+    launch_attention_as<64, 1, 128>(p, stream);
   }
 }
 

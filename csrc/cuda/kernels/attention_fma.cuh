@@ -60,9 +60,10 @@ __device__ __forceinline__ void load_slice(unsigned char* shared, const T* from,
       const bool inside = r < rows && c < columns;
       copy_async16(to, inside ? source : from, inside);
     } else {
-      Pack<T, kPack<T>> pack;
-      for (int j = 0; j < kPack<T>; ++j) pack.at[j] = r < rows && c + j < columns ? source[j] : T{};
-      *reinterpret_cast<Pack<T, kPack<T>>*>(to) = pack;
+#pragma unroll 1  // rarely taken, and registers are short
+      for (int j = 0; j < kPack<T>; ++j) {
+        reinterpret_cast<T*>(to)[j] = r < rows && c + j < columns ? source[j] : T{};
+      }
     }
   }
 }

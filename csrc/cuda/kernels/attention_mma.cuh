@@ -61,18 +61,11 @@ __device__ __forceinline__ void mma_pair(float (&left)[4], float (&right)[4], co
   mma_m16n8k16<E>(right, a, second);
 }
 
-// Two numbers as neighbours in a register of a fragment.
-template <class E>
-__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
-  return narrow<E>(low).bits | static_cast<uint32_t>(narrow<E>(high).bits) << 16;
-}
-
 // The maximum or sum over the four lanes that share a row.
 __device__ __forceinline__ float quad_max(float value) {
 #pragma unroll
   for (int step = 1; step <= 2; step *= 2) {
-    const float other = __shfl_xor_sync(kFullWarp, value, step);
-    value = other > value ? other : value;
+    value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, step));
   }
   return value;
 }
@@ -100,8 +93,9 @@ __device__ __forceinline__ void write_row(E* to, int columns, bool pairs, const 
 }
 
 // grid (B * H * blocks of queries, groups of tangents, blocks of kWidth columns); a multiple of 32 threads, 16 queries
-// for each warp; `depth` is p.depth, rounded up to 16.
-template <class E, int kKeys, int kWidth>
+// for each warp; `depth` is p.depth, rounded up to 16. kFull: query, key and value are all perturbed and width is a
+// multiple of kWidth, which leaves the products without a branch, so that reads of fragments move ahead of them.
+template <class E, int kKeys, int kWidth, bool kFull>
 __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
     attention_mma_kernel(const AttentionProblem<E, E> p, int depth, int per_group, bool pairs_out) {
   constexpr int kScoreTiles = kKeys / 8, kOutTiles = kWidth / 8, kWidePitch = matrix_pitch(kWidth);
@@ -129,7 +123,8 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
   const int own_keys = row0 < queries ? visible : 0;  // of this warp
   const int column0 = static_cast<int>(blockIdx.z) * kWidth, rest = static_cast<int>(p.width) - column0;
   const int columns = rest < kWidth ? rest : kWidth, own_depth = static_cast<int>(p.depth);
-  const bool scores_move = p.dquery.data != nullptr || p.dkey.data != nullptr;
+  const bool moves_q = kFull || p.dquery.data != nullptr, moves_key = kFull || p.dkey.data != nullptr;
+  const bool moves_value = kFull || p.dvalue.data != nullptr;
   const float scale = static_cast<float>(p.scale), lowest = -INFINITY;
   const int64_t mask0 = b * p.mask.batch + h * p.mask.head;
   const int64_t head0 = (b * p.heads + h) * p.queries;
@@ -139,7 +134,8 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
   const int key_offset = (matrix / 2 * 8 + line) * pitch + matrix % 2 * 8;
   const int value_offset = (matrix % 2 * 8 + line) * kWidePitch + matrix / 2 * 8;
 
-  float top[2] = {lowest, lowest}, sum[2] = {0.0f, 0.0f};  // of rows g and g + 8; the sum over this lane's keys only
+  // Of rows g and g + 8, the scores in units of log 2; the sum over this lane's keys only.
+  float top[2] = {lowest, lowest}, sum[2] = {0.0f, 0.0f};
   float out[kOutTiles][4] = {};
 
   const int from = static_cast<int>(blockIdx.y) * per_group, k_all = static_cast<int>(p.k);
@@ -151,7 +147,7 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
     const auto load_keys = [&](int j0) {
       load_matrix(own_key, kKeys, depth, p.key.at(0, b, hkv) + j0 * p.key.row, p.key.row, all_keys - j0, own_depth,
                   p.key.packs);
-      if (p.dkey.data != nullptr) {
+      if (moves_key) {
         load_matrix(own_dkey, kKeys, depth, p.dkey.at(i, b, hkv) + j0 * p.dkey.row, p.dkey.row, all_keys - j0,
                     own_depth, p.dkey.packs);
       }
@@ -160,7 +156,7 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
     const auto load_values = [&](int j0) {
       load_matrix(own_value, kKeys, kWidth, p.value.at(0, b, hkv) + j0 * p.value.row + column0, p.value.row,
                   all_keys - j0, columns, p.value.packs);
-      if (p.dvalue.data != nullptr) {
+      if (moves_value) {
         load_matrix(own_dvalue, kKeys, kWidth, p.dvalue.at(i, b, hkv) + j0 * p.dvalue.row + column0, p.dvalue.row,
                     all_keys - j0, columns, p.dvalue.packs);
       }
@@ -172,7 +168,7 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
       load_matrix(own_q, rows, depth, p.query.at(0, b, h) + q0 * p.query.row, p.query.row, queries - q0, own_depth,
                   p.query.packs);
     }
-    if (p.dquery.data != nullptr) {
+    if (moves_q) {
       load_matrix(own_dq, rows, depth, p.dquery.at(i, b, h) + q0 * p.dquery.row, p.dquery.row, queries - q0, own_depth,
                   p.dquery.packs);
     }
@@ -190,16 +186,25 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
         for (int d = 0; d < depth; d += 16) {
           uint32_t q[4], dq[4];
           load_matrices(q, own_q + a_offset + d);
-          if (p.dquery.data != nullptr) load_matrices(dq, own_dq + a_offset + d);
+          if (moves_q) load_matrices(dq, own_dq + a_offset + d);
 #pragma unroll
-          for (int n = 0; n < kScoreTiles; n += 2) {
-            uint32_t key[4];
-            load_matrices(key, own_key + key_offset + n * 8 * pitch + d);
-            mma_pair<E>(score[n], score[n + 1], q, key);
-            if (p.dquery.data != nullptr) mma_pair<E>(dscore[n], dscore[n + 1], dq, key);
-            if (p.dkey.data != nullptr) {
-              load_matrices(key, own_dkey + key_offset + n * 8 * pitch + d);
-              mma_pair<E>(dscore[n], dscore[n + 1], q, key);
+          for (int n = 0; n < kScoreTiles; n += 4) {  // four tiles lie between two steps with the same sums
+            uint32_t key[2][4], dkey[2][4];
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+              const int at = key_offset + (n + 2 * u) * 8 * pitch + d;
+              load_matrices(key[u], own_key + at);
+              if (moves_key) load_matrices(dkey[u], own_dkey + at);
+            }
+            if (moves_q) {
+#pragma unroll
+              for (int u = 0; u < 2; ++u) mma_pair<E>(dscore[n + 2 * u], dscore[n + 2 * u + 1], dq, key[u]);
+            }
+#pragma unroll
+            for (int u = 0; u < 2; ++u) mma_pair<E>(score[n + 2 * u], score[n + 2 * u + 1], q, key[u]);
+            if (moves_key) {
+#pragma unroll
+              for (int u = 0; u < 2; ++u) mma_pair<E>(dscore[n + 2 * u], dscore[n + 2 * u + 1], q, dkey[u]);
             }
           }
         }
@@ -209,11 +214,6 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = row0 + g + 8 * r;
-#pragma unroll
-          for (int n = 0; n < kScoreTiles; ++n) {
-            score[n][2 * r] *= scale;
-            score[n][2 * r + 1] *= scale;
-          }
           if (!plain) {
 #pragma unroll
             for (int n = 0; n < kScoreTiles; ++n) {
@@ -221,24 +221,31 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
               for (int c = 0; c < 2; ++c) {
                 const int column = j0 + 8 * n + 2 * t + c;
                 float& s = score[n][2 * r + c];
+                s *= scale;
                 if (column >= all_keys || (p.causal && column > row)) {
                   s = lowest;
                 } else if (row < queries) {
                   s = masked_score(s, p.mask, mask0 + row * p.mask.row + column * p.mask.column);
                 }
+                s *= kLog2e;
               }
+            }
+          } else {
+#pragma unroll
+            for (int n = 0; n < kScoreTiles; ++n) {
+              score[n][2 * r] *= scale * kLog2e;
+              score[n][2 * r + 1] *= scale * kLog2e;
             }
           }
           if (begins) {
             float best = top[r];
 #pragma unroll
             for (int n = 0; n < kScoreTiles; ++n) {
-              best = score[n][2 * r] > best ? score[n][2 * r] : best;
-              best = score[n][2 * r + 1] > best ? score[n][2 * r + 1] : best;
+              best = fmaxf(best, fmaxf(score[n][2 * r], score[n][2 * r + 1]));
             }
             best = quad_max(best);
             // 0 before the first finite score, when there is nothing to correct
-            const float correction = exp2f((top[r] - (best == lowest ? 0.0f : best)) * kLog2e);
+            const float correction = exp2_approx(top[r] - (best == lowest ? 0.0f : best));
             top[r] = best;
             sum[r] *= correction;
             shift[r] *= correction;
@@ -257,7 +264,7 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
             float e[2], product[2];
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-              e[c] = exp2f((score[n][2 * r + c] - base) * kLog2e);
+              e[c] = exp2_approx(score[n][2 * r + c] - base);
               product[c] = e[c] * (scale * dscore[n][2 * r + c]);
               if (begins) sum[r] += e[c];
               shift[r] += product[c];
@@ -274,18 +281,28 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
       if (own) {
 #pragma unroll
         for (int kk = 0; kk < kKeys / 16; ++kk) {
-          if (j0 + 16 * kk >= own_keys) continue;
+          if (!kFull && j0 + 16 * kk >= own_keys) continue;
 #pragma unroll
-          for (int n = 0; n < kOutTiles; n += 2) {
-            if (8 * n >= columns) continue;
-            uint32_t value[4];
-            const int at = value_offset + kk * 16 * kWidePitch + n * 8;
-            load_matrices_transposed(value, own_value + at);
-            if (begins) mma_pair<E>(out[n], out[n + 1], weight[kk], value);
-            if (scores_move) mma_pair<E>(dout[n], dout[n + 1], dweight[kk], value);
-            if (p.dvalue.data != nullptr) {
-              load_matrices_transposed(value, own_dvalue + at);
-              mma_pair<E>(dout[n], dout[n + 1], weight[kk], value);
+          for (int n = 0; n < kOutTiles; n += 4) {
+            if (!kFull && 8 * n >= columns) continue;
+            uint32_t value[2][4], dvalue[2][4];
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+              const int at = value_offset + kk * 16 * kWidePitch + (n + 2 * u) * 8;
+              load_matrices_transposed(value[u], own_value + at);
+              if (moves_value) load_matrices_transposed(dvalue[u], own_dvalue + at);
+            }
+            if (moves_q || moves_key) {
+#pragma unroll
+              for (int u = 0; u < 2; ++u) mma_pair<E>(dout[n + 2 * u], dout[n + 2 * u + 1], dweight[kk], value[u]);
+            }
+            if (begins) {
+#pragma unroll
+              for (int u = 0; u < 2; ++u) mma_pair<E>(out[n + 2 * u], out[n + 2 * u + 1], weight[kk], value[u]);
+            }
+            if (moves_value) {
+#pragma unroll
+              for (int u = 0; u < 2; ++u) mma_pair<E>(dout[n + 2 * u], dout[n + 2 * u + 1], weight[kk], dvalue[u]);
             }
           }
         }
@@ -314,7 +331,7 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
   }
 }
 
-template <int kKeys, int kWidth, class E>
+template <int kKeys, int kWidth, bool kFull, class E>
 void launch_attention_mma_as(const AttentionProblem<E, E>& p, cudaStream_t stream) {
   const int depth = static_cast<int>(ceil_div(p.depth, 16) * 16);
   const int64_t most = shared_memory_of_device();
@@ -327,8 +344,17 @@ void launch_attention_mma_as(const AttentionProblem<E, E>& p, cudaStream_t strea
   const int64_t blocks = p.batch * p.heads * ceil_div(p.queries, warps * kFragmentRows);
   const int64_t tiles = ceil_div(p.width, kWidth), group = attention_group(blocks * tiles, p.k, 1);
   const bool pairs_out = p.width % 2 == 0 && aligned16(p.out) && aligned16(p.dout);
-  launch(attention_mma_kernel<E, kKeys, kWidth>, dim3(blocks, ceil_div(p.k, group), tiles), dim3(warps * kWarp),
+  launch(attention_mma_kernel<E, kKeys, kWidth, kFull>, dim3(blocks, ceil_div(p.k, group), tiles), dim3(warps * kWarp),
          attention_mma_bytes(warps, depth, kKeys, kWidth), stream, p, depth, static_cast<int>(group), pairs_out);
+}
+
+template <int kKeys, int kWidth, class E>
+void launch_attention_mma(const AttentionProblem<E, E>& p, cudaStream_t stream) {
+  if (p.dquery.data != nullptr && p.dkey.data != nullptr && p.dvalue.data != nullptr && p.width % kWidth == 0) {
+    launch_attention_mma_as<kKeys, kWidth, true>(p, stream);
+  } else {
+    launch_attention_mma_as<kKeys, kWidth, false>(p, stream);
+  }
 }
 
 }  // namespace frog

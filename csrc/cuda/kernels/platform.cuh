@@ -65,6 +65,14 @@ __device__ __forceinline__ void copy_async16(void* shared, const void* global, b
   const int bytes = inside ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
+/// 2^x with a relative error of about 2^-22, for results that are rounded to 16 bits; what is below float32's smallest
+/// normal number becomes 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// Closes a group of copies.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 /// Waits until at most `Left` of this thread's groups are under way; a barrier must follow before others read.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "../../distributions.h"
 #include "platform.cuh"
@@ -81,6 +82,24 @@ __host__ __device__ __forceinline__ fp16 narrow<fp16>(float x) {
   // subnormal: adding 1/2 puts units of 2^-24 at the end of the significand, rounded as every addition is
   const float shifted = bits_float(rest) + 0.5f;
   return {static_cast<uint16_t>(sign | (float_bits(shifted) - 0x3F000000u))};
+#endif
+}
+
+/// Two neighbours in one register, the first in the low half.
+template <class E>
+__host__ __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t bits;
+  if constexpr (std::is_same_v<E, bf16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof(bits));
+  }
+  return bits;
+#else
+  return narrow<E>(low).bits | static_cast<uint32_t>(narrow<E>(high).bits) << 16;
 #endif
 }
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_on_cpu.client import Kernels, Out, Skewed
-from helpers import assert_as_good_as_torch, assert_close32, assert_close64
+from helpers import assert_as_good_as_torch, assert_close32, assert_close64, relative_error
 
-from frog_cuda import reference
+from frog_cuda import ops, reference
 
 MASK_TYPES = [None, torch.bool, torch.float64, torch.float32, torch.bfloat16, torch.float16]
 QKV, QK, Q, K, V = (True, True, True), (True, True, False), (True, False, False), (False, True, False), (False, False, True)
@@ -230,3 +230,33 @@ def test_nan_spreads_as_in_pytorch(kernels, dtype):
     out, dout = run(kernels, arguments)
     assert out[0, 0, 2].isnan().all() and dout[:, 0, 0, 2].isnan().all()
     assert out[0, 0, [0, 1, 3]].isfinite().all() and dout[:, 0, 0, [0, 1, 3]].isfinite().all()
+
+
+def on_gpu(arguments, mask=None, is_causal=False, scale=None):
+    moved = [t if t is None else t.cuda() for t in (*arguments, mask)]
+    return [t.cpu() for t in ops.attention_jvp(*moved[:-1], mask=moved[-1], is_causal=is_causal, scale=scale)]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 4, 2, 300, 260, 64, 64, 3), (1, 2, 2, 100, 90, 200, 40, 3)], ids=str)
+@pytest.mark.parametrize("perturbed", [QKV, Q, (False, True, True)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu(shape, perturbed, dtype):
+    b, h, _, rows, keys, *_ = shape
+    arguments = inputs(shape, perturbed, dtype=dtype)
+    zeros = [z if t is None else t for t, z in zip(arguments, inputs(shape, dtype=dtype), strict=True)]
+    zeros = [torch.zeros_like(t) if own is None else t for t, own in zip(zeros, arguments, strict=True)]
+    for name, mask in masks(b, h, rows, keys, dtype).items():
+        for is_causal in (False, True):
+            actual = on_gpu(arguments, mask, is_causal)
+            if dtype in (torch.bfloat16, torch.float16) and name in ("none", "additive", "keys"):
+                as_good_as_torch(actual, zeros, mask=mask, is_causal=is_causal)
+            elif dtype not in (torch.bfloat16, torch.float16):
+                check = assert_close64 if dtype == torch.float64 else assert_close32
+                for a, e in zip(actual, reference.attention_jvp(*zeros, mask=mask, is_causal=is_causal), strict=True):
+                    check(a, e)
+            else:  # PyTorch's own is NaN where a query attends to nothing
+                for a, e in zip(actual, ops.attention_jvp(*zeros, mask=mask, is_causal=is_causal), strict=True):
+                    assert relative_error(a, e) <= 4 * torch.finfo(dtype).eps
+            again = on_gpu(arguments, mask, is_causal)
+            assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))

@@ -65,7 +65,6 @@ std::pair<ScalarType, ScalarType> kernel_dtypes(ScalarType primal, const std::op
   const bool low = *common == ScalarType::BFloat16 || *common == ScalarType::Half;
   const bool fits = *common == primal ? !low || depth <= kMostMmaDepth : primal == ScalarType::Float && low;
   return fits ? std::pair{primal, *common} : std::pair{wide, wide};
-} : std::pair{wide, wide};
 }
 
 std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const std::optional<Tensor>& dquery, const Tensor& key,

@@ -56,4 +56,15 @@ inline void check_tangents(const char* op, const char* name, const Tensor& tange
   check_k(op, tangents.size(0));
 }
 
+/// Tangents (k, *s), `s` a suffix of `shape`.
+inline void check_repeated(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape,
+                           int64_t k) {
+  check_floating(op, name, t);
+  const int64_t d = t.dim() - 1, dim = static_cast<int64_t>(shape.size());
+  bool fits = d >= 0 && d <= dim && t.size(0) == k;
+  for (int64_t j = 1; fits && j <= d; ++j) fits = t.size(-j) == shape[dim - j];
+  STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_string(t), ", expected (k, *s) with k = ", k,
+                  " and s a suffix of ", shape_string(shape));
+}
+
 }  // namespace frog

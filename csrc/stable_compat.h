@@ -51,14 +51,14 @@ inline Tensor as_strided(const Tensor& self, const std::vector<int64_t>& sizes, 
   return detail::call_for_tensor("aten::as_strided", "", stack.data());
 }
 
-/// A convolution without bias.
-inline Tensor convolution(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
-                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, bool transposed,
+/// A convolution of any kind.
+inline Tensor convolution(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                          const std::vector<int64_t>& dilation, bool transposed,
                           const std::vector<int64_t>& output_padding, int64_t groups) {
-  std::array<StableIValue, 9> stack{
-      detail::box(input),      detail::box(weight),         detail::box(std::optional<Tensor>()),
-      detail::box(stride),     detail::box(padding),        detail::box(dilation),
-      detail::box(transposed), detail::box(output_padding), detail::box(groups)};
+  std::array<StableIValue, 9> stack{detail::box(input),      detail::box(weight),         detail::box(bias),
+                                    detail::box(stride),     detail::box(padding),        detail::box(dilation),
+                                    detail::box(transposed), detail::box(output_padding), detail::box(groups)};
   return detail::call_for_tensor("aten::convolution", "", stack.data());
 }
 

@@ -24,14 +24,4 @@ inline int64_t check_given(const char* op, const std::optional<Tensor>& dx, cons
   return given.size(0);
 }
 
-/// activity is (k, *s) with s a suffix of x's shape.
-inline void check_activity(const char* op, const Tensor& activity, const Tensor& x, int64_t k) {
-  check_floating(op, "activity", activity);
-  const int64_t d = activity.dim() - 1;
-  bool fits = d >= 0 && d <= x.dim() && activity.size(0) == k;
-  for (int64_t j = 1; fits && j <= d; ++j) fits = activity.size(-j) == x.size(-j);
-  STD_TORCH_CHECK(fits, op, ": activity has shape ", shape_string(activity), ", expected (k, *s) with k = ", k,
-                  " and s a suffix of ", shape_string(x));
-}
-
 }  // namespace frog

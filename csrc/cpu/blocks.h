@@ -145,12 +145,7 @@ inline Tensor dense_activity(const char* op, const char* name, const Tensor& act
                              const std::vector<int64_t>& shape, int64_t k, int64_t* period) {
   constexpr int64_t kShortestRow = 1024;
   check_cpu(op, name, activity);
-  check_floating(op, name, activity);
-  const int64_t d = activity.dim() - 1, dim = static_cast<int64_t>(shape.size());
-  bool fits = d >= 0 && d <= dim && activity.size(0) == k;
-  for (int64_t j = 1; fits && j <= d; ++j) fits = activity.size(-j) == shape[dim - j];
-  STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_string(activity), ", expected (k, *s) with k = ", k,
-                  " and s a suffix of ", shape_string(shape.data(), dim));
+  check_repeated(op, name, activity, shape, k);
   int64_t numel = 1;
   for (const int64_t size : shape) numel *= size;
   const Tensor dense = torch::stable::contiguous(activity);

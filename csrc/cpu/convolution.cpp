@@ -2,6 +2,7 @@
 // dx are neighbours in memory, as the operators of this library leave them, value and tangents are one call: the
 // library lays a weight out anew in every call, which for the late layers of a residual network costs as much as the
 // products.
+#include "../arguments/convolution.h"
 #include "blocks.h"
 
 namespace frog {
@@ -18,7 +19,7 @@ struct Options {
 
 Tensor convolve(const Tensor& x, const Tensor& weight, const Options& o) {
   return torch::stable::contiguous(
-      convolution(x, weight, o.stride, o.padding, o.dilation, o.transposed, o.output_padding, o.groups));
+      convolution(x, weight, std::nullopt, o.stride, o.padding, o.dilation, o.transposed, o.output_padding, o.groups));
 }
 
 // y [B, O, *] += bias [O]
@@ -38,15 +39,12 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
                                            std::vector<int64_t> padding, std::vector<int64_t> dilation, bool transposed,
                                            std::vector<int64_t> output_padding, int64_t groups) {
   check_cpu(kOp, "x", x_);
-  check_floating(kOp, "x", x_);
+  check_cpu(kOp, "dx", dx_);
   check_cpu(kOp, "weight", weight);
-  check_dtype(kOp, "weight", weight, x_.scalar_type());
-  STD_TORCH_CHECK(x_.dim() >= 3 && weight.dim() == x_.dim(), kOp, ": x has shape ", shape_string(x_),
-                  " and weight has shape ", shape_string(weight), ", expected (batch, channels, *) and as many axes");
-  const std::optional<Tensor> dx = dense_tangents(kOp, "dx", dx_, x_);
-  check_dtype(kOp, "dx", dx_, x_.scalar_type());
+  check_convolution(kOp, x_, dx_, weight);
+  const Tensor dx = torch::stable::contiguous(dx_);
   const Tensor x = torch::stable::contiguous(x_);
-  const int64_t k = dx->size(0), batch = x.size(0);
+  const int64_t k = dx.size(0), batch = x.size(0);
   const Options options{stride, padding, dilation, transposed, output_padding, groups};
   std::vector<int64_t> images = shape_of(x);
   Tensor y, dy;
@@ -56,7 +54,7 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
     dy_shape = shape, dy_shape.insert(dy_shape.begin(), k);
   };
   const char* end = static_cast<const char*>(x.const_data_ptr()) + x.numel() * static_cast<int64_t>(x.element_size());
-  if (end == dx->const_data_ptr()) {
+  if (end == dx.const_data_ptr()) {
     images[0] = (1 + k) * batch;
     const Tensor all = convolve(part_of(x, 0, images), weight, options);  // dx outlives the call
     shapes_from(all);
@@ -65,13 +63,12 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
     y = convolve(x, weight, options);
     shapes_from(y);
     images[0] = k * batch;
-    const Tensor moved = convolve(torch::stable::view(*dx, images), weight, options);
+    const Tensor moved = convolve(torch::stable::view(dx, images), weight, options);
     dy = part_of(moved, 0, dy_shape);
   }
   if (bias) {
     check_cpu(kOp, "bias", *bias);
-    check_dtype(kOp, "bias", *bias, x.scalar_type());
-    check_shape(kOp, "bias", *bias, {shape[1]});
+    check_convolution_bias(kOp, *bias, x, shape[1]);
     const Tensor dense = torch::stable::contiguous(*bias);
     dispatch_floating(kOp, x.scalar_type(), [&](auto zero) { add_bias<decltype(zero)>(y, dense); });
   }

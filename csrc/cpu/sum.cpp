@@ -1,6 +1,7 @@
 // tangent_sum: a + va + alpha (b + vb) for k tangents, where va and vb are activity tangents that rows share: what a
 // residual connection, or an activity that nothing else takes along, does to tangents. Bound by memory: a and b are
 // read and the result written once, into memory that is used again.
+#include "../arguments/sum.h"
 #include "blocks.h"
 
 namespace frog {
@@ -51,18 +52,13 @@ void run(const Job<C>& job) {
 Tensor tangent_sum(const Tensor& a_, const std::optional<Tensor>& va_, const std::optional<Tensor>& b_,
                    const std::optional<Tensor>& vb_, double alpha) {
   check_cpu(kOp, "a", a_);
-  check_floating(kOp, "a", a_);
-  STD_TORCH_CHECK(a_.dim() >= 1, kOp, ": a has shape (), expected (k, *)");
+  if (va_) check_cpu(kOp, "va", *va_);
+  if (b_) check_cpu(kOp, "b", *b_);
+  if (vb_) check_cpu(kOp, "vb", *vb_);
+  const std::vector<int64_t> shape = check_sum(kOp, a_, va_, b_, vb_), whole = shape_of(a_);
   const int64_t k = a_.size(0);
-  check_k(kOp, k);
-  const std::vector<int64_t> whole = shape_of(a_), shape(whole.begin() + 1, whole.end());
   std::optional<Tensor> b, va, vb;
-  if (b_) {
-    check_cpu(kOp, "b", *b_);
-    check_floating(kOp, "b", *b_);
-    check_shape(kOp, "b", *b_, whole);
-    b = torch::stable::contiguous(*b_);
-  }
+  if (b_) b = torch::stable::contiguous(*b_);
   int64_t a_period = 1, b_period = 1;
   if (va_) va = dense_activity(kOp, "va", *va_, shape, k, &a_period);
   if (vb_) vb = dense_activity(kOp, "vb", *vb_, shape, k, &b_period);

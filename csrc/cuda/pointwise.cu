@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> pointwise_jvp(const Tensor& x, const std::optional<Te
   const int64_t k = check_given(kOp, dx, activity);
   if (activity) {
     check_same_device(kOp, "activity", *activity, x);
-    check_activity(kOp, *activity, x, k);
+    check_repeated(kOp, "activity", *activity, shape_of(x), k);
   }
   const OnDevice stream(x);
   const ScalarType result = dx ? dx->scalar_type() : activity->scalar_type();

@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_on_cpu.client import Kernels, Out, Skewed
-from helpers import assert_as_good_as_torch, assert_close32, assert_close64
-from torch import Tensor
+from cuda_on_cpu.pairs import NAMES, PAIRS, check, given, name_of, randn, result
 
 from frog_cuda import ops, reference
 
-NAMES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-SINGLE = [torch.float32, torch.bfloat16, torch.float16]
-PAIRS = [(torch.float64, torch.float64), *((x, t) for x in SINGLE for t in SINGLE)]
 PARAMETERS = {"softplus": (2.0, 3.0), "elu": (0.7, 0.0), "leaky_relu": (0.1, 0.0), "hardtanh": (-0.5, 0.8)}
 each_pair = pytest.mark.parametrize("dtype, tangent_dtype", PAIRS, ids=lambda t: NAMES[t])
 
@@ -24,36 +20,20 @@ def kernels():
     kernels.close()
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
 def run(kernels, x, dx, v, function, skew=False, seed=0):
-    given = dx if dx is not None else v
-    k, tangent_dtype = given.shape[0], given.dtype
+    tangents = dx if dx is not None else v
+    k = tangents.shape[0]
     alpha, beta = PARAMETERS.get(function, (0.0, 0.0))
-    arguments = [Skewed(t) if skew and t is not None else t for t in (x, dx, v)]
-    results = [
-        Out(shape, dtype, dtype.itemsize if skew else 0)
-        for shape, dtype in ((tuple(x.shape), x.dtype), ((k, *x.shape), tangent_dtype))
-    ]
+    results = [result(x.shape, x.dtype, skew), result((k, *x.shape), tangents.dtype, skew)]
     period = max(1, v.numel() // k) if v is not None else 1
-    name = f"pointwise_{NAMES[x.dtype]}_{NAMES[tangent_dtype]}"
+    name = f"pointwise_{name_of(x.dtype, tangents.dtype)}"
     code = ops.POINTWISE[function]
-    return kernels.run(name, *arguments, *results, x.numel(), period, k, code, alpha, beta, seed=seed)
+    return kernels.run(name, *given((x, dx, v), skew), *results, x.numel(), period, k, code, alpha, beta, seed=seed)
 
 
 def compare(results, x, dx, v, function):
     alpha, beta = PARAMETERS.get(function, (0.0, 0.0))
-    exact = reference.pointwise_jvp(x, dx, function, activity=v, alpha=alpha, beta=beta)
-    for got, wanted in zip(results, exact, strict=True):
-        if got.dtype == torch.float64:
-            assert_close64(got, wanted)
-        elif got.dtype == torch.float32:
-            assert_close32(got, wanted)
-        else:  # rounded once
-            assert_as_good_as_torch(got, wanted.to(got.dtype), wanted)
+    check(results, reference.pointwise_jvp(x, dx, function, activity=v, alpha=alpha, beta=beta))
 
 
 @each_pair

@@ -2,6 +2,7 @@
 // tangents. Rows that do not lie densely, because the softmax is not over the last axis, are collected in a tile first.
 #include <cmath>
 
+#include "../arguments/softmax.h"
 #include "blocks.h"
 
 namespace frog {
@@ -116,17 +117,11 @@ std::tuple<Tensor, Tensor> softmax_of(const char* op, bool log, const Tensor& x_
   check_cpu(op, "x", x_);
   check_floating(op, "x", x_);
   const Tensor dx = *dense_tangents(op, "dx", dx_, x_);
-  const int64_t axes = std::max<int64_t>(1, x_.dim());
-  STD_TORCH_CHECK(dim >= -axes && dim < axes, op, ": dim is ", dim, "; accepted for x of shape ", shape_string(x_),
-                  " are ", -axes, " to ", axes - 1);
+  const auto [outer, classes, inner] = check_softmax(op, x_, dim);
   const Tensor x = torch::stable::contiguous(x_);
-  const int64_t axis = dim < 0 ? dim + axes : dim;
-  int64_t outer = 1, inner = 1;
-  for (int64_t j = 0; j < axis; ++j) outer *= x.size(j);
-  for (int64_t j = axis + 1; j < x.dim(); ++j) inner *= x.size(j);
-  const int64_t classes = x.dim() > 0 ? x.size(axis) : 1, k = dx.size(0);
+  const int64_t k = dx.size(0);
   auto [y, dy] = new_dual(x, shape_of(x), k, x.scalar_type(), dx.scalar_type());
-  const auto go = [&, &y = y, &dy = dy](auto zero) {
+  const auto go = [&, &y = y, &dy = dy, outer = outer, classes = classes, inner = inner](auto zero) {
     using C = decltype(zero);
     run(Job<C>{log, outer, classes, inner, k, Source<C>(x), Source<C>(dx), Sink<C>(y), Sink<C>(dy)});
   };

@@ -26,7 +26,7 @@ inline std::optional<Tensor> dense_as(const std::optional<Tensor>& t, ScalarType
   return dense_as(*t, dtype);
 }
 
-/// Element types of a kernel: double for both, or two of float, bfloat16 and float16.
+/// Element types of a kernel: double for both, else float or one of bfloat16 and float16 for each, never both of them.
 struct KernelTypes {
   ScalarType primal, tangents;
 };
@@ -45,35 +45,29 @@ inline KernelTypes kernel_types(std::initializer_list<const Tensor*> primal,
     }
     return type;
   };
-  const KernelTypes types{common(primal), common(tangents)};
-  return any_double ? KernelTypes{ScalarType::Double, ScalarType::Double} : types;
+  KernelTypes types{common(primal), common(tangents)};
+  if (any_double) return {ScalarType::Double, ScalarType::Double};
+  if (types.primal != ScalarType::Float && types.tangents != types.primal) types.tangents = ScalarType::Float;
+  return types;
 }
 
 /// Calls body(X{}, T{}) with the kernels' names for the element types.
 template <class Body>
 void dispatch_types(const char* op, const KernelTypes& types, const Body& body) {
-  if (types.primal == ScalarType::Double) return body(double{}, double{});
-  const auto with_primal = [&](auto primal) {
-    switch (types.tangents) {
-      case ScalarType::Float:
-        return body(primal, float{});
-      case ScalarType::BFloat16:
-        return body(primal, bf16{});
-      case ScalarType::Half:
-        return body(primal, fp16{});
-      default:
-        STD_TORCH_CHECK(false, op, ": dtype ", dtype_string(types.tangents), " of tangents is not supported");
-    }
-  };
+  const bool wide = types.tangents == ScalarType::Float;
   switch (types.primal) {
+    case ScalarType::Double:
+      return body(double{}, double{});
     case ScalarType::Float:
-      return with_primal(float{});
+      if (wide) return body(float{}, float{});
+      return types.tangents == ScalarType::BFloat16 ? body(float{}, bf16{}) : body(float{}, fp16{});
     case ScalarType::BFloat16:
-      return with_primal(bf16{});
+      return wide ? body(bf16{}, float{}) : body(bf16{}, bf16{});
     case ScalarType::Half:
-      return with_primal(fp16{});
+      return wide ? body(fp16{}, float{}) : body(fp16{}, fp16{});
     default:
-      STD_TORCH_CHECK(false, op, ": dtype ", dtype_string(types.primal), " is not supported");
+      STD_TORCH_CHECK(false, op, ": dtype ", dtype_string(types.primal),
+                      " is not supported; accepted are float32, float64, bfloat16 and float16");
   }
 }
 

@@ -14,7 +14,5 @@
   M(f32_fp16, float, fp16)        \
   M(bf16_f32, bf16, float)        \
   M(bf16_bf16, bf16, bf16)        \
-  M(bf16_fp16, bf16, fp16)        \
   M(fp16_f32, fp16, float)        \
-  M(fp16_bf16, fp16, bf16)        \
   M(fp16_fp16, fp16, fp16)

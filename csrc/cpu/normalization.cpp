@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../arguments/normalization.h"
 #include "product.h"
 
 namespace frog {
@@ -60,37 +61,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalization_jvp(
     const std::optional<Tensor>& mean, const std::optional<Tensor>& var, int64_t outer, int64_t groups,
     int64_t weight_groups, bool centred, double eps) {
   check_cpu(kOp, "x", x);
-  check_floating(kOp, "x", x);
-  STD_TORCH_CHECK(outer >= 0 && groups >= 0, kOp, ": outer and groups are ", outer, " and ", groups,
-                  "; they must not be negative");
-  const int64_t rows = outer * groups;
-  STD_TORCH_CHECK(rows == 0 ? x.numel() == 0 : x.numel() % rows == 0, kOp, ": x has ", x.numel(),
-                  " elements, which outer x groups = ", outer, " x ", groups, " does not divide");
-  const int64_t inner = rows == 0 ? 0 : x.numel() / rows;
-  STD_TORCH_CHECK(weight_groups >= 1 && groups % weight_groups == 0, kOp, ": weight_groups is ", weight_groups,
-                  "; expected a divisor of groups = ", groups);
-  STD_TORCH_CHECK(dx || dweight || dbias, kOp, ": nothing is perturbed; give at least one of dx, dweight and dbias");
-  STD_TORCH_CHECK(mean.has_value() == var.has_value(), kOp, ": mean and var must be given together or not at all");
-  STD_TORCH_CHECK(!mean || centred, kOp, ": mean is given, but centred is false");
-  STD_TORCH_CHECK(!dweight || weight, kOp, ": dweight is given, but weight is None");
-  STD_TORCH_CHECK(!dbias || bias, kOp, ": dbias is given, but bias is None");
-  STD_TORCH_CHECK(eps >= 0, kOp, ": eps is ", eps, "; it must not be negative");
-
-  const Tensor& some = weight ? *weight : bias ? *bias : x;
-  const int64_t weights = weight || bias ? some.numel() : weight_groups;
-  const int64_t weight_inner = weights / weight_groups;
-  STD_TORCH_CHECK(weights % weight_groups == 0 && (inner == 0 || (weight_inner >= 1 && inner % weight_inner == 0)), kOp,
-                  ": weight has ", weights, " elements, expected weight_groups = ", weight_groups,
-                  " times a divisor of the ", inner, " elements of a row");
-  const Tensor& moved = dx ? *dx : dweight ? *dweight : *dbias;
-  STD_TORCH_CHECK(moved.dim() >= 1, kOp, ": a tangent has shape (), expected (k, *)");
-  const int64_t k = moved.size(0);
-  check_k(kOp, k);
-  const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  std::vector<int64_t> dx_shape = shape_of(x), w_shape = weight || bias ? shape_of(some) : std::vector<int64_t>{};
-  dx_shape.insert(dx_shape.begin(), k);
-  std::vector<int64_t> dw_shape = w_shape;
-  dw_shape.insert(dw_shape.begin(), k);
+  const NormalizationSizes sizes = check_normalization(kOp, x, dx, weight, dweight, bias, dbias, mean, var, outer,
+                                                       groups, weight_groups, centred, eps);
+  const int64_t inner = sizes.inner, k = sizes.k, weight_inner = sizes.weight_inner;
+  const ScalarType compute = sizes.compute;
+  const std::vector<int64_t>&dx_shape = sizes.dx_shape, &w_shape = sizes.w_shape, &dw_shape = sizes.dw_shape;
   const auto x_ = prepare("x", x, shape_of(x), compute), dx_ = prepare("dx", dx, dx_shape, compute);
   const auto w_ = prepare("weight", weight, w_shape, compute), dw_ = prepare("dweight", dweight, dw_shape, compute);
   const auto b_ = prepare("bias", bias, w_shape, compute), db_ = prepare("dbias", dbias, dw_shape, compute);
@@ -130,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalization_jvp(
   } else {
     go(float{});
   }
-  return {to_dtype(y, x.scalar_type()), to_dtype(dy, moved.scalar_type()), mean_out, var_out};
+  return {to_dtype(y, x.scalar_type()), to_dtype(dy, sizes.result), mean_out, var_out};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) { m.impl("normalization_jvp", TORCH_BOX(&normalization_jvp)); }

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../arguments/losses.h"
 #include "blocks.h"
 
 namespace frog {
@@ -78,15 +79,11 @@ std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor
                                              double label_smoothing) {
   const char* op = "cross_entropy_jvp";
   check_cpu(op, "logits", logits_);
-  check_floating(op, "logits", logits_);
-  STD_TORCH_CHECK(logits_.dim() == 2, op, ": logits has shape ", shape_string(logits_), ", expected (B, C)");
+  check_logits(op, logits_);
   const Tensor dlogits = *dense_tangents(op, "dlogits", dlogits_, logits_);
   const int64_t rows = logits_.size(0), classes = logits_.size(1), k = dlogits.size(0);
   check_cpu(op, "target", target_);
-  check_dtype(op, "target", target_, ScalarType::Long);
-  check_shape(op, "target", target_, {rows});
-  STD_TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing is ", label_smoothing,
-                  "; it must lie in [0, 1]");
+  check_classes(op, target_, rows, label_smoothing);
   const Tensor target = torch::stable::contiguous(target_);
   const int64_t* t = static_cast<const int64_t*>(target.const_data_ptr());
   for (int64_t r = 0; r < rows; ++r) {
@@ -96,8 +93,7 @@ std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor
   std::optional<Tensor> weight;
   if (weight_) {
     check_cpu(op, "weight", *weight_);
-    check_dtype(op, "weight", *weight_, logits_.scalar_type());
-    check_shape(op, "weight", *weight_, {classes});
+    check_class_weight(op, *weight_, logits_);
     weight = torch::stable::contiguous(*weight_);
   }
   const Tensor logits = torch::stable::contiguous(logits_);
@@ -218,37 +214,12 @@ void bce_block(const Elementwise<C>& job, bool with_logits, int64_t at, int64_t 
   multiply(job, slope, at, n);
 }
 
-// `t` as a dense tensor of shape `like`, to which it must broadcast
-Tensor broadcast(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  check_cpu(op, name, t);
-  check_dtype(op, name, t, like.scalar_type());
-  const std::vector<int64_t> shape = shape_of(like);
-  std::vector<int64_t> strides(shape.size(), 0);
-  const Tensor dense = torch::stable::contiguous(t);
-  const int64_t extra = like.dim() - t.dim();
-  bool fits = extra >= 0;
-  int64_t stride = 1;
-  for (int64_t j = t.dim() - 1; fits && j >= 0; --j) {
-    fits = t.size(j) == 1 || t.size(j) == shape[j + extra];
-    if (t.size(j) != 1) strides[j + extra] = stride;
-    stride *= t.size(j);
-  }
-  STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_string(t), ", expected one that broadcasts to ",
-                  shape_string(like));
-  return torch::stable::contiguous(as_strided(dense, shape, strides, 0));
-}
-
-void check_target(const char* op, const Tensor& target, const Tensor& input) {
-  check_cpu(op, "target", target);
-  check_dtype(op, "target", target, input.scalar_type());
-  check_shape(op, "target", target, shape_of(input));
-}
-
 std::tuple<Tensor, Tensor> mse_jvp(const Tensor& input, const std::optional<Tensor>& dinput, const Tensor& target,
                                    const std::optional<Tensor>& dtarget) {
   const char* op = "mse_jvp";
   check_cpu(op, "input", input);
   check_floating(op, "input", input);
+  check_cpu(op, "target", target);
   check_target(op, target, input);
   STD_TORCH_CHECK(dinput || dtarget, op, ": dinput and dtarget are both None; at least one must be given");
   const Tensor x = torch::stable::contiguous(input), t = torch::stable::contiguous(target);
@@ -290,13 +261,20 @@ std::tuple<Tensor, Tensor> bce_jvp(const Tensor& input, const Tensor& dinput, co
   const char* op = "bce_jvp";
   check_cpu(op, "input", input);
   check_floating(op, "input", input);
+  check_cpu(op, "target", target);
   check_target(op, target, input);
   STD_TORCH_CHECK(with_logits || !pos_weight_, op, ": pos_weight is given; it is accepted only with_logits");
   const Tensor x = torch::stable::contiguous(input), t = torch::stable::contiguous(target);
   const Tensor dx = *dense_tangents(op, "dinput", dinput, input);
   std::optional<Tensor> weight, pos_weight;
-  if (weight_) weight = broadcast(op, "weight", *weight_, x);
-  if (pos_weight_) pos_weight = broadcast(op, "pos_weight", *pos_weight_, x);
+  if (weight_) {
+    check_cpu(op, "weight", *weight_);
+    weight = broadcast(op, "weight", *weight_, x);
+  }
+  if (pos_weight_) {
+    check_cpu(op, "pos_weight", *pos_weight_);
+    pos_weight = broadcast(op, "pos_weight", *pos_weight_, x);
+  }
   auto [loss, dloss] = new_dual(x, shape_of(x), dx.size(0), x.scalar_type(), dx.scalar_type());
   const auto go = [&, &loss = loss, &dloss = dloss](auto zero) {
     using C = decltype(zero);

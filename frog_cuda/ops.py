@@ -342,7 +342,8 @@ def cross_entropy_jvp(
     """Per-sample cross entropy of ``logits`` (B, C) with class indices ``target`` int64 (B,), as ``reduction="none"``.
 
     Returns:
-        loss ``(B,)``; dloss ``(k, B)``; ignored samples have both exactly 0.
+        loss ``(B,)``; dloss ``(k, B)``; ignored samples have both exactly 0. What the CPU refuses, a target that is no class,
+        gives NaN on a GPU, which is not waited for.
     """
     _guard("cross_entropy_jvp", logits, dlogits, weight)
     with _AutoDispatchBelowAutograd():
@@ -367,7 +368,8 @@ def bce_jvp(
 ) -> tuple[Tensor, Tensor]:
     """Elementwise binary cross entropy, ``reduction="none"``; weight and pos_weight broadcast against ``input``.
 
-    Without logits, logarithms are clamped at -100 as in :func:`torch.nn.functional.binary_cross_entropy`.
+    Without logits, logarithms are clamped at -100 as in :func:`torch.nn.functional.binary_cross_entropy`. What the CPU refuses,
+    an input outside [0, 1], gives NaN on a GPU, which is not waited for.
     """
     _guard("bce_jvp", input, dinput, target, weight, pos_weight)
     with _AutoDispatchBelowAutograd():

@@ -348,3 +348,26 @@ def test_standard_basis(kernels, name):
 def test_add(kernels):
     a, b = randn(33, 33), randn(33, 33, seed=1)
     assert torch.equal(kernels.run("add", InOut(a), b, 33 * 33)[0], a + b)
+
+
+# ---- the operator on a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("name", DTYPES)
+def test_layers_of_every_size_on_a_gpu(name, distribution):
+    """Rows for both tiles, columns for one block and for several, offsets that suit groups and others."""
+    dtype = DTYPES[name]
+    for rows, size, out, k in [(300, 784, 70, 3), (64, 5000, 10, 1), (5, 64, 64, 16), (129, 1024, 128, 2), (1, 1, 1, 1)]:
+        for offset in (0, 1021):
+            x, weight = randn(rows, size, dtype=dtype), randn(out, size, dtype=dtype, seed=1)
+            activity = randn(k, rows, out, dtype=dtype, seed=2)
+            how = dict(k=k, first=1, distribution=distribution, weight_offset=offset, want_gram=True)
+            _, dy, gram = ops.linear_jvp(x.cuda(), None, weight.cuda(), activity=activity.cuda(), state=STATE.cuda(), **how)
+            dw = drawn(k, out, size, offset, 1, distribution)
+            own = x @ dw.to(dtype).mT + activity
+            check(dy.cpu(), own, x.double() @ dw.mT + activity.double(), size)
+            assert_close64(gram.cpu(), reference.gram(dw.flatten(1)), 1e-6)
+            again = ops.linear_jvp(x.cuda(), None, weight.cuda(), activity=activity.cuda(), state=STATE.cuda(), **how)
+            assert torch.equal(dy, again[1]), "the same bits every run"

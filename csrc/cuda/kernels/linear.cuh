@@ -2,11 +2,10 @@
 // tile (sampled_tile.cuh) and never reach memory.
 //
 // Floor for a tangent: rows * in * out multiply-adds on tensor cores, 1 for bfloat16 and float16, 3 for float32 with
-// Rademacher tangents, 6 with normal ones; and for every tile of rows in * out drawn elements, about 1.7 instructions
-// for a sign and 13 for a normal element. A block draws once for kRows rows of x, as many as its sums leave registers
-// for: with 256 of them, drawing normal elements takes about as many cycles as the tensor cores do, signs few. x comes
-// from second-level cache in stages of kStage columns by asynchronous copies that run ahead. Two blocks of a
-// multiprocessor fill each other's waits.
+// Rademacher tangents, 6 with normal ones; and for every tile of rows in * out drawn elements, in compiled code about 8
+// instructions for a sign and 40 for a normal element. A block draws once for kRows rows of x, as many as its sums
+// leave registers for. x comes from second-level cache in stages of kStage columns by asynchronous copies that run
+// ahead. Two blocks of a multiprocessor fill each other's waits.
 //
 // float32 is exact to its own rounding: x is the sum of three bfloat16 (8 bits each), so is a normal element, and a
 // sign is one. Tensor cores cut sums off (mma.cuh), so their sums are kept short: after kStage columns they are added
@@ -125,17 +124,25 @@ struct SampledProduct {
   bool packs;                           // 16 bytes of results can be written at once
 };
 
-// Sums of one warp, in the places of an m16n8 step's result (mma.cuh).
+// Sums of one warp, in the places of an m16n8 step's result (mma.cuh). Where a lane finds its elements is worked out
+// once: for the first row and column of the warp tile, from which others differ by a constant or in bits that place()
+// exchanges.
 template <class T, class Tile, int kRowParts, int kTangentParts>
 struct Sums {
   using E = typename RowParts<T>::E;
   float at[Tile::kM][Tile::kN][4] = {};
+  int own_row, own_tangent;
+
+  __device__ __forceinline__ Sums(int row, int column) {
+    const uint32_t lane = threadIdx.x % kWarp;
+    own_row = place<E, kStage>(row + lane % 16, lane / 16 * 8);
+    own_tangent = place<E, kChunk>(column + lane / 16 * 8 + lane % 8, lane / 8 % 2 * 8);
+  }
 
   /// += rows [parts, kRows, kStage] times tangents [parts, kColumns, kChunk], the half of it that belongs to the stage.
-  __device__ __forceinline__ void add(const E* rows, const E* tangents, int half, int row, int column) {
+  __device__ __forceinline__ void add(const E* rows, const E* tangents, int half) {
     constexpr int kM = Tile::kM, kN = Tile::kN;
     constexpr bool kShort = kRowParts > 1;  // sums of a stage on their own
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
     float stage[kM][kN][4] = {};
 #pragma unroll
     for (int k = 0; k < kStage; k += 16) {
@@ -144,8 +151,7 @@ struct Sums {
       for (int p = 0; p < kRowParts; ++p) {
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
-          load_matrices(
-              a[p][m], rows + p * Tile::kRows * kStage + place<E, kStage>(row + 16 * m + lane % 16, k + lane / 16 * 8));
+          load_matrices(a[p][m], rows + (p * Tile::kRows + 16 * m) * kStage + (own_row ^ k));
         }
       }
 #pragma unroll
@@ -154,9 +160,7 @@ struct Sums {
 #pragma unroll
         for (int p = 0; p < kTangentParts; ++p) {
           uint32_t two[4];
-          load_matrices(two, tangents + p * Tile::kColumns * kChunk +
-                                 place<E, kChunk>(column + 8 * n + lane / 16 * 8 + lane % 8,
-                                                  half * kStage + k + lane / 8 % 2 * 8));
+          load_matrices(two, tangents + (p * Tile::kColumns + 8 * n) * kChunk + (own_tangent ^ (half * kStage + k)));
           b[p][0][0] = two[0], b[p][0][1] = two[1], b[p][1][0] = two[2], b[p][1][1] = two[3];
         }
         // Products of parts i and j are about 2^(-8 (i + j)) of the largest: smallest first, none beyond the third
@@ -194,10 +198,13 @@ struct Sums {
 template <class Tile, int kRowParts, int kTangentParts>
 struct Sums<double, Tile, kRowParts, kTangentParts> {
   double at[Tile::kM][Tile::kN][4] = {};
+  int row, column;
 
-  __device__ __forceinline__ void add(const double* rows, const double* tangents, int half, int row, int column) {
+  __device__ __forceinline__ Sums(int row_, int column_) : row(row_), column(column_) {}
+
+  __device__ __forceinline__ void add(const double* rows, const double* tangents, int half) {
     constexpr int kM = Tile::kM, kN = Tile::kN;
-    const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, t = lane % 4;
+    const int lane = static_cast<int>(threadIdx.x % kWarp), g = lane / 4, t = lane % 4;
 #pragma unroll 2
     for (int k = 0; k < kStage; ++k) {
       double a[kM][2], b[kN][2];
@@ -236,19 +243,42 @@ struct SampledKernel {
   static constexpr size_t kShared = (Tile::kStages * kRowElements + 2 * kTangentElements) * sizeof(E) + Drawn::kShared;
   static_assert(kShared <= 99 * 1024);
   static_assert(kShared >= Tile::kRows * Tile::kColumns * sizeof(typename Compute<T>::type));  // for the sums at last
+};
 
-  // The columns of stage s of x, zeros where x has none.
-  __device__ static __forceinline__ void copy(const SampledProduct<T>& p, int64_t row, int64_t column, E* to) {
-    constexpr int kPieces = kStage / kPack<E>;
+// Copies stage after stage of x, zeros where x has none. A thread copies the same pieces of every stage.
+template <class T, class Tile>
+struct RowCopier {
+  using E = typename RowParts<T>::E;
+  static constexpr int kParts = RowParts<T>::kParts;
+  static constexpr int kPieces = kStage / kPack<E>;             // of a row
+  static constexpr int kApart = Tile::kThreads / kPieces;       // rows from a thread's piece to its next one
+  static constexpr int kEach = Tile::kRows / kApart;            // pieces of a part
+  static_assert(kApart % 8 == 0 && Tile::kRows % kApart == 0);  // all at the same place within their rows
+
+  const E* from;
+  int64_t part, next_row;  // elements to the next part and to the next piece
+  int64_t left;            // columns from here to the end of x
+  int live, to;            // rows from here on; place in the stage
+
+  __device__ __forceinline__ RowCopier(const SampledProduct<T>& p, int64_t row, int64_t column) {
+    const int r = static_cast<int>(threadIdx.x / kPieces), c = static_cast<int>(threadIdx.x % kPieces * kPack<E>);
+    from = p.x + (row + r) * p.ld + column + c;
+    part = p.rows * p.ld, next_row = kApart * p.ld;
+    left = p.width - column - c;
+    live = static_cast<int>(p.rows - row < Tile::kRows ? p.rows - row : Tile::kRows) - r;
+    to = place<E, kStage>(r, c);
+  }
+
+  __device__ __forceinline__ void next(E* stage) {
 #pragma unroll
-    for (int at = 0; at < kRowParts * Tile::kRows * kPieces; at += Tile::kThreads) {
-      const int index = at + static_cast<int>(threadIdx.x);
-      const int r = index / kPieces % Tile::kRows, c = index % kPieces * kPack<E>;
-      const bool inside = row + r < p.rows && column + c < p.width;
-      const int64_t from = inside ? (index / kPieces / Tile::kRows * p.rows + row + r) * p.ld + column + c : 0;
-      copy_async16(to + index / kPieces / Tile::kRows * Tile::kRows * kStage + place<E, kStage>(r, c), p.x + from,
-                   inside);
+    for (int p = 0; p < kParts; ++p) {
+#pragma unroll
+      for (int j = 0; j < kEach; ++j) {
+        copy_async16(stage + (p * Tile::kRows + j * kApart) * kStage + to, from + p * part + j * next_row,
+                     left > 0 && j * kApart < live);
+      }
     }
+    from += kStage, left -= kStage;
   }
 };
 
@@ -278,13 +308,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) sampled_product
     drawn.words = reinterpret_cast<uint32_t*>(tangents + 2 * Kernel::kTangentElements);
   }
 
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x / kWarp), lane = static_cast<int>(threadIdx.x % kWarp);
   const int own_row = warp / Tile::kColumnWarps * Tile::kM * 16, own_column = warp % Tile::kColumnWarps * Tile::kN * 8;
-  Sums<T, Tile, Kernel::kRowParts, Kernel::Parts::kParts> sums;
+  Sums<T, Tile, Kernel::kRowParts, Kernel::Parts::kParts> sums(own_row, own_column);
+  RowCopier<T, Tile> rows(p, row, begin);
 
 #pragma unroll
   for (int s = 0; s < Tile::kStages - 1; ++s) {
-    if (s < stages) Kernel::copy(p, row, begin + s * kStage, shared + s * Kernel::kRowElements);
+    if (s < stages) rows.next(shared + s * Kernel::kRowElements);
     copy_async_commit();
   }
   int current = 0;  // stage of x in use
@@ -294,14 +325,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) sampled_product
     __syncthreads();  // this stage and its tile are there; what the step before read may be overwritten
     if (step >= 0) {
       const int ahead = step + Tile::kStages - 1, free = current == 0 ? Tile::kStages - 1 : current - 1;
-      if (ahead < stages) Kernel::copy(p, row, begin + ahead * kStage, shared + free * Kernel::kRowElements);
+      if (ahead < stages) rows.next(shared + free * Kernel::kRowElements);
       copy_async_commit();
     }
     E* const next = tangents + ((chunk + 1) & 1) * Kernel::kTangentElements;
     if (chunk + 1 < chunks) drawn.prepare(which, chunk + 1, half, next);
     if (step >= 0) {
-      sums.add(shared + current * Kernel::kRowElements, tangents + (chunk & 1) * Kernel::kTangentElements, half,
-               own_row, own_column);
+      sums.add(shared + current * Kernel::kRowElements, tangents + (chunk & 1) * Kernel::kTangentElements, half);
       current = current + 1 == Tile::kStages ? 0 : current + 1;
     }
   }

@@ -23,11 +23,11 @@ constexpr int kSignWords = kSignColumns / 32 + 1;  // of a row: odd, so that row
 /// Where element (row, column) of a tile [*, kColumns] lies: 16-byte pieces of a row are exchanged so that the pieces
 /// of 8 rows in one column are in different banks.
 template <class E, int kColumns>
-__device__ __forceinline__ int place(int row, int column) {
-  constexpr int kPiece = kPack<E>, kPieces = kColumns / kPiece;
+__device__ __forceinline__ int place(uint32_t row, uint32_t column) {
+  constexpr uint32_t kPiece = kPack<E>, kPieces = kColumns / kPiece;
   static_assert(kPieces == 4 || kPieces % 8 == 0);
-  const int exchange = kPieces == 4 ? row / 2 & 3 : row & 7;
-  return row * kColumns + ((column / kPiece) ^ exchange) * kPiece + column % kPiece;
+  const uint32_t exchange = kPieces == 4 ? row / 2 & 3 : row & 7;
+  return static_cast<int>(row * kColumns + ((column / kPiece) ^ exchange) * kPiece + column % kPiece);
 }
 
 /// How a tangent element of a product in T is represented: kParts elements of E that add up to it.
@@ -105,8 +105,9 @@ struct NormalTile {
 
   __device__ __forceinline__ void prepare(const TangentRows& t, int chunk, int half, E* tile) {
     // Of eight rows, those that half a warp stores to lie four apart: their pieces are in different banks.
-    const int task = half * kThreads + static_cast<int>(threadIdx.x), line = task / kCallsPerGroup;
-    const int row = (line & ~7) | (line & 1) << 2 | (line >> 1 & 3), call = task % kCallsPerGroup;
+    const uint32_t task = half * kThreads + threadIdx.x, line = task / kCallsPerGroup;
+    const int row = static_cast<int>((line & ~7u) | (line & 1) << 2 | (line >> 1 & 3));
+    const int call = static_cast<int>(task % kCallsPerGroup);
     if (row < t.live) {
       const uint64_t at = t.start + row * t.in;
       const int late = static_cast<int>(at % kChunk);  // elements of the first group that come before the row
@@ -193,34 +194,35 @@ struct SignTile {
   }
 
   // Elements of eight bits, 16 bytes at a time.
-  __device__ static __forceinline__ void store(E* to, int row, int column, uint32_t bits) {
+  __device__ static __forceinline__ void store(E* to, uint32_t row, uint32_t column, uint32_t bits) {
+    if constexpr (sizeof(E) == 2) {
+      const uint32_t ones = sign_element<E>(0).bits * 0x10001u;
+      uint32_t pairs[4];
 #pragma unroll
-    for (int e = 0; e < 8; e += kPack<E>) {
-      Pack<E, kPack<E>> pack;
-      if constexpr (sizeof(E) == 2) {
-        const uint32_t one = sign_element<E>(0).bits;
-        uint32_t pairs[kPack<E> / 2];
+      for (int j = 0; j < 4; ++j) {  // bit 0 to bit 15, bit 1 to bit 31
+        pairs[j] = ((bits >> (2 * j) & 3u) * 0x40008000u & 0x80008000u) | ones;
+      }
+      *reinterpret_cast<uint4*>(to + place<E, kChunk>(row, column)) =
+          make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else {
 #pragma unroll
-        for (int j = 0; j < kPack<E> / 2; ++j) {  // bit 0 to bit 15, bit 1 to bit 31
-          pairs[j] = ((bits >> (e + 2 * j) & 3u) * 0x40008000u & 0x80008000u) | one << 16 | one;
-        }
-        memcpy(&pack, pairs, sizeof(pack));
-      } else {
+      for (int e = 0; e < 8; e += kPack<E>) {
+        Pack<E, kPack<E>> pack;
 #pragma unroll
         for (int j = 0; j < kPack<E>; ++j) pack.at[j] = sign_element<E>(bits >> (e + j) & 1u);
+        *reinterpret_cast<Pack<E, kPack<E>>*>(to + place<E, kChunk>(row, column + e)) = pack;
       }
-      *reinterpret_cast<Pack<E, kPack<E>>*>(to + place<E, kChunk>(row, column + e)) = pack;
     }
   }
 
   __device__ __forceinline__ void prepare(const TangentRows& t, int chunk, int half, E* tile) {
     if (half == 0 && chunk % kSignChunks == 0) draw_signs(t, chunk);
-    const int task = half * kThreads + static_cast<int>(threadIdx.x);
-    const int row = task / (kChunk / 8), column = task % (kChunk / 8) * 8;
-    if (row >= t.live) return;
-    const int at = static_cast<int>((t.start + row * t.in) % 32) + chunk % kSignChunks * kChunk + column;
+    const uint32_t task = half * kThreads + threadIdx.x, row = task / (kChunk / 8), column = task % (kChunk / 8) * 8;
+    if (static_cast<int>(row) >= t.live) return;
+    const uint32_t begin = static_cast<uint32_t>(t.start) + row * static_cast<uint32_t>(t.in);
+    const uint32_t at = begin % 32 + static_cast<uint32_t>(chunk) % kSignChunks * kChunk + column;
     const uint32_t* const from = words + row * kSignWords + at / 32;
-    const int shift = at % 32;
+    const uint32_t shift = at % 32;
     uint32_t bits = from[0] >> shift;
     if (shift > 24) bits |= from[1] << (32 - shift);
     store(tile, row, column, bits);

@@ -32,7 +32,7 @@ struct KernelTypes {
 };
 
 /// The tensors' own types where there is a kernel for them. What differs within the primal or within the tangents is
-/// taken as float; if anything is double, all is.
+/// taken as float; if anything is double, all is. Either list may be empty.
 inline KernelTypes kernel_types(std::initializer_list<const Tensor*> primal,
                                 std::initializer_list<const Tensor*> tangents) {
   bool any_double = false;
@@ -47,7 +47,8 @@ inline KernelTypes kernel_types(std::initializer_list<const Tensor*> primal,
   };
   KernelTypes types{common(primal), common(tangents)};
   if (any_double) return {ScalarType::Double, ScalarType::Double};
-  if (types.primal != ScalarType::Float && types.tangents != types.primal) types.tangents = ScalarType::Float;
+  const bool low = types.primal == ScalarType::BFloat16 || types.primal == ScalarType::Half;
+  if (low && types.tangents != types.primal) types.tangents = ScalarType::Float;
   return types;
 }
 

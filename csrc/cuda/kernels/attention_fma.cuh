@@ -12,10 +12,10 @@
 // their tangents.
 // Where there are fewer blocks of queries than the device can run, the tangents are divided among several blocks.
 //
-// Layout: 256 threads, 16 x 16; each has 4 rows, 16 apart, so that the 16 threads of a row are half a warp, and no
-// barrier stands between softmax and the second product. Operands come in slices of 8 columns (of Q, K and their
-// tangents) or 8 keys (of V and its tangents), as they are, by asynchronous copies, one slice ahead of the arithmetic.
-// 16 bytes that a thread reads from shared memory serve 13 multiply-adds where kChunk is 2 and kKeys 64.
+// Layout: 256 threads, 16 x 16; each has 4 rows, 16 apart, so that the 16 threads of a row are half a warp, and maximum
+// and sums of a row are a few shuffles. Operands come in slices of 8 columns (of Q, K and their tangents) or 8 keys (of
+// V and its tangents), as they are, by asynchronous copies, one slice ahead of the arithmetic. 16 bytes that a thread
+// reads from shared memory serve 13 multiply-adds where kChunk is 2 and kKeys 64.
 #pragma once
 
 #include "attention_problem.cuh"
@@ -310,8 +310,6 @@ __global__ void __launch_bounds__(kAttentionThreads)
           }
         }
       }
-      __syncwarp();  // the threads that share rows share a warp
-
       for (int j = j0; j < end; j += kAttentionSlice) {
         copy_async_wait<0>();
         __syncthreads();

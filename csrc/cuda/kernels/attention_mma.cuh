@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
       copy_async_commit();
     };
 
-    if (!begins) __syncthreads();  // the last products of the tangent before
+    // Nobody reads the Q, dQ and K of the tangent before any more: a barrier came after the last scores.
     if (begins) {
       load_matrix(own_q, rows, depth, p.query.at(0, b, h) + q0 * p.query.row, p.query.row, queries - q0, own_depth,
                   p.query.packs);

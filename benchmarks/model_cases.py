@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import BOUND, WrongResult, distance
+from cases import WrongResult, distance
 from torch import Tensor, nn
 
 import frog_cuda as frog
@@ -74,6 +74,12 @@ BACKPROP, FORWARD, LAYERS = "backprop", "forward only", "layers alone"
 LEAVES, GROUPS, WEIGHT = "activity, innermost modules", "activity, groups", "weight, Rademacher"
 #: a whole gradient, or only the pass up to the coefficients of the projection
 GRADIENT, DERIVATIVES = "gradient", "derivatives"
+
+
+#: Relative error (2-norm) of a right result in float32. A derivative sums what the tangents of every layer contribute, and
+#: little of it is left: ResNet18 in train mode is off by 2.5e-3 in float32 and by 3e-14 in float64. A wrong result is off by
+#: 0.1 and more.
+BOUND = 1e-2
 
 
 def losses(output: Tensor, target: Tensor) -> Tensor:

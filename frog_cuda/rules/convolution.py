@@ -1,8 +1,8 @@
 """Convolution of any kind: bilinear, so k folds into the batch for tangents of the input.
 
 Tangents of the weight take one library call each; sampled ones are drawn one at a time and dropped again. A matrix product of
-all k with the unfolded input, which they would share, stores them all and the unfolded input, and was measured to take 5 to 70 %
-longer for kernels of 3x3 on the CPU; only for 1x1 it takes an eighth less (benchmarks/bench_conv.py, k = 4).
+all k with the unfolded input, which they would share, stores them all and the unfolded input, and was measured to take 5 to 70
+percent longer for kernels of 3x3 on the CPU; only for 1x1 it takes an eighth less (benchmarks/bench_conv.py, k = 4).
 """
 
 from __future__ import annotations

@@ -23,11 +23,12 @@ LIBRARY_ONLY = {"convolution"}
 
 
 def registered() -> dict[str, str]:
-    """operator -> stem of the file in csrc/cuda that registers it"""
-    found = {}
+    """operator -> stem of the file in csrc/cuda that registers it; <stem>_<part>.cu is a part that compiles by itself"""
+    known, found = set(stems().values()), {}
     for path in sorted(CUDA.glob("*.cu")):
+        stem = path.stem if path.stem in known else path.stem.rsplit("_", 1)[0]
         for name in re.findall(r'm\.impl\("(\w+)"', path.read_text()):
-            found[name] = path.stem
+            found[name] = stem
     return found
 
 

@@ -16,9 +16,8 @@ namespace frog {
 namespace {
 
 constexpr const char* kOp = "linear_jvp";
-constexpr int64_t kDrawnBytes = 512 * 1024;  // tangents drawn at a time, in second-level cache
-constexpr int64_t kSumsBytes =
-    4 * 1024 * 1024;                // running sums of a tile over all of x; more rows of x are done in batches
+constexpr int64_t kDrawnBytes = 512 * 1024;      // tangents drawn at a time, in second-level cache
+constexpr int64_t kSumsBytes = 4 * 1024 * 1024;  // running sums over all of x; more rows of x are done in batches
 constexpr int64_t kColumns = 128;   // columns of x between two loads of the sums; x panel stays in first-level cache
 constexpr int64_t kGramRun = 2048;  // elements that are summed in T before they enter the double sums
 constexpr int64_t kFewRows = 128;   // of a gradient, up to which outer_product is the faster way
@@ -53,77 +52,112 @@ void add_gram(const T* drawn, int64_t k, int64_t n, int64_t ld, double* partial)
   for (int64_t at = 0; at < n; at += kGramRun) gram(drawn + at, k, std::min(kGramRun, n - at), ld, partial);
 }
 
+// The rows of W cut into tasks, the same ones whatever the number of threads, so that the Gram's partial sums are, too.
+struct Tasks {
+  int64_t out, count;
+
+  explicit Tasks(int64_t out_) : out(out_) {
+    // a multiple of 8, at least 16: threads get equal shares; of at most 48 rows, so that sums stay in cache
+    const int64_t wanted = std::max<int64_t>(16, 8 * ceil_div(out, 8 * 48));
+    count = std::min(wanted, ceil_div(out, kTileRows));
+  }
+  int64_t begin(int64_t task) const {
+    const bool strips = count == ceil_div(out, kTileRows);
+    return std::min(out, strips ? task * kTileRows : out * task / count / 2 * 2 + (task == count ? out % 2 : 0));
+  }
+};
+
 // dy [k, rows, out] += x dW_i^T (or =, where `fresh`) for sampled dW_i [out, in] starting at `offset`. gram: double [k,
-// k] or null.
+// k] or null. Sums of several strips of rows of W are collected before they are written, because dy lies the other way:
+// six elements at a time would fetch every line of it several times.
 template <class T>
 void add_sampled_weight(const DrawSpec& spec, int64_t k, int64_t offset, const T* x, int64_t rows, int64_t in,
                         int64_t out, T* dy, bool fresh, double* gram_out) {
+  constexpr int64_t kBytes = sizeof(T);
   const Panels<T> panels(x, rows, in);
-  // Independent of the number of threads, so that the Gram's partial sums are.
-  const int64_t task_rows = std::clamp<int64_t>(kTileRows * ceil_div(out, 96), kTileRows, 48);
-  const int64_t tasks = ceil_div(out, task_rows);
-  const int64_t fitting = kDrawnBytes / (k * kTileRows * static_cast<int64_t>(sizeof(T)));
+  const Tasks tasks(out);
+  const int64_t fitting = kDrawnBytes / (k * kTileRows * kBytes);
   const int64_t cols = in <= fitting ? in : std::max<int64_t>(256, fitting / kNormalGroup * kNormalGroup);
-  const int64_t batch = std::max<int64_t>(
-      1, std::min(panels.count(), kSumsBytes / (k * kTileRows * panels.panel * static_cast<int64_t>(sizeof(T)))));
-  std::vector<double> partials(gram_out ? tasks * k * k : 0, 0.0);
+  const int64_t strips = kSumsBytes / (k * kTileRows * panels.panel * kBytes);  // that fit, one panel each
+  const int64_t batch = std::clamp<int64_t>(strips, 1, std::max<int64_t>(1, panels.count()));  // panels at a time
+  const int64_t stage = kTileRows * std::clamp<int64_t>(strips / batch, 1, 8);                 // rows of W at a time
+  const int64_t turned_width = ceil_div(stage, panels.vector) * panels.vector;
+  std::vector<double> partials(gram_out ? tasks.count * k * k : 0, 0.0);
   const bool exact_gram = sizeof(T) == sizeof(float) && in * out <= kExactGramElements;
 
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first_task, int64_t last_task) {
+  torch::stable::parallel_for(0, tasks.count, 1, [&](int64_t first_task, int64_t last_task) {
     Scratch<T> drawn(k * kTileRows * cols);
-    Scratch<T> sums(k * batch * kTileRows * panels.panel);  // [k, batch, kTileRows, panel]
+    Scratch<T> sums(k * batch * stage * panels.panel);  // [k, batch, stage, panel]
+    Scratch<T> turned(panels.panel * turned_width);
     std::vector<double> drawn_exact(gram_out && exact_gram ? k * kTileRows * in : 0);
+    const auto sums_of = [&](int64_t i, int64_t p) { return sums.data() + (i * batch + p) * stage * panels.panel; };
+
+    // Rows o .. o + nr of W, drawn, times panels p0 .. p1; into row r0 of the sums.
+    const auto strip = [&](int64_t o, int64_t nr, int64_t p0, int64_t p1, int64_t r0, double* partial) {
+      const int64_t start = offset + o * in;
+      if (partial && exact_gram) {
+        draw(spec, k, start, nr * in, drawn_exact.data(), nr * in);
+        gram(drawn_exact.data(), k, nr * in, nr * in, partial);
+      }
+      for (int64_t c0 = 0; c0 < in; c0 += cols) {
+        const int64_t n = std::min(cols, in - c0);
+        const int64_t ld = nr * n;  // drawn [k, nr, n]
+        if (n == in) {
+          draw(spec, k, start, nr * in, drawn.data(), ld);
+        } else {
+          for (int64_t r = 0; r < nr; ++r) draw(spec, k, start + r * in + c0, n, drawn.data() + r * n, ld);
+        }
+        if (partial && !exact_gram) add_gram(drawn.data(), k, ld, ld, partial);
+        for (int64_t p = p0; p < p1; ++p) {
+          const int64_t w = panels.width(p);
+          for (int64_t c = 0; c < n; c += kColumns) {
+            for (int64_t i = 0; i < k; ++i) {
+              tile(panels.at(p) + (c0 + c) * w, w, drawn.data() + i * ld + c, n, nr, std::min(kColumns, n - c),
+                   sums_of(i, p - p0) + r0 * w, w, c0 + c == 0);
+            }
+          }
+        }
+      }
+    };
+
+    const auto write = [&](int64_t o, int64_t nr, int64_t p0, int64_t p1) {
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t p = p0; p < p1; ++p) {
+          const int64_t w = panels.width(p), live = std::min(panels.panel, rows - p * panels.panel);
+          pack(sums_of(i, p - p0), w, nr, live, turned_width, turned.data());  // [live, nr, padded]
+          for (int64_t j = 0; j < live; ++j) {
+            T* target = dy + (i * rows + p * panels.panel + j) * out + o;
+            const T* sum = turned.data() + j * turned_width;
+            if (fresh) {
+              std::copy(sum, sum + nr, target);
+            } else {
+              for (int64_t r = 0; r < nr; ++r) target[r] += sum[r];
+            }
+          }
+        }
+      }
+    };
+
     for (int64_t task = first_task; task < last_task; ++task) {
       double* partial = gram_out ? partials.data() + task * k * k : nullptr;
-      const int64_t o_end = std::min(out, (task + 1) * task_rows);
-      for (int64_t o = task * task_rows; o < o_end; o += kTileRows) {
-        const int64_t nr = std::min(kTileRows, o_end - o);
-        const int64_t start = offset + o * in;
-        if (partial && exact_gram) {
-          draw(spec, k, start, nr * in, drawn_exact.data(), nr * in);
-          gram(drawn_exact.data(), k, nr * in, nr * in, partial);
-        }
+      const int64_t end = tasks.begin(task + 1);
+      for (int64_t o0 = tasks.begin(task); o0 < end; o0 += stage) {
+        const int64_t staged = std::min(stage, end - o0);
         // once even for an empty batch: the Gram does not depend on x
         for (int64_t p0 = 0; p0 == 0 || p0 < panels.count(); p0 += batch) {
           const int64_t p1 = std::min(panels.count(), p0 + batch);
-          if (in == 0) std::fill(sums.data(), sums.data() + k * batch * kTileRows * panels.panel, T(0));
-          for (int64_t c0 = 0; c0 < in; c0 += cols) {
-            const int64_t n = std::min(cols, in - c0);
-            const int64_t ld = nr * n;  // drawn [k, nr, n]
-            if (n == in) {
-              draw(spec, k, start, nr * in, drawn.data(), ld);
-            } else {
-              for (int64_t r = 0; r < nr; ++r) draw(spec, k, start + r * in + c0, n, drawn.data() + r * n, ld);
-            }
-            if (partial && !exact_gram && p0 == 0) add_gram(drawn.data(), k, ld, ld, partial);
-            for (int64_t p = p0; p < p1; ++p) {
-              const int64_t w = panels.width(p);
-              for (int64_t c = 0; c < n; c += kColumns) {
-                for (int64_t i = 0; i < k; ++i) {
-                  T* acc = sums.data() + (i * batch + p - p0) * kTileRows * panels.panel;
-                  tile(panels.at(p) + (c0 + c) * w, w, drawn.data() + i * ld + c, n, nr, std::min(kColumns, n - c), acc,
-                       w, c0 + c == 0);
-                }
-              }
-            }
+          if (in == 0) std::fill(sums.data(), sums.data() + k * batch * stage * panels.panel, T(0));
+          for (int64_t r = 0; r < staged; r += kTileRows) {
+            strip(o0 + r, std::min(kTileRows, staged - r), p0, p1, r, p0 == 0 ? partial : nullptr);
           }
-          for (int64_t i = 0; i < k; ++i) {
-            for (int64_t p = p0; p < p1; ++p) {
-              const T* acc = sums.data() + (i * batch + p - p0) * kTileRows * panels.panel;
-              const int64_t w = panels.width(p), live = std::min(panels.panel, rows - p * panels.panel);
-              for (int64_t j = 0; j < live; ++j) {
-                T* target = dy + (i * rows + p * panels.panel + j) * out + o;
-                for (int64_t r = 0; r < nr; ++r) target[r] = (fresh ? T(0) : target[r]) + acc[r * w + j];
-              }
-            }
-          }
+          write(o0, staged, p0, p1);
         }
       }
     }
   });
   if (gram_out) {
     std::vector<double> total(k * k);
-    finish_gram(partials, tasks, k, total.data());
+    finish_gram(partials, tasks.count, k, total.data());
     for (int64_t j = 0; j < k * k; ++j) gram_out[j] += total[j];
   }
 }

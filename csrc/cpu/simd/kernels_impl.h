@@ -32,14 +32,16 @@ void for_each_batch(const DrawSpec& spec, int64_t k, int64_t start, int64_t coun
     drawer.start(schedule, static_cast<uint64_t>(group));
     for (int64_t i = 0; i < k;) {
       const uint32_t tangent = static_cast<uint32_t>(spec.first + i);
-      int drawn = 1;
       if (k - i >= kTogether && n + kTogether <= kBatch) {
-        drawn = kTogether;
         drawer.template words<kTogether>(schedule, tangent, words + n);
+#pragma GCC unroll 4
+        for (int j = 0; j < kTogether; ++j) parts[n + j] = {i + j, base - start, from, to};
+        n += kTogether;
+        i += kTogether;
       } else {
         drawer.template words<1>(schedule, tangent, words + n);
+        parts[n++] = {i++, base - start, from, to};
       }
-      for (const int64_t stop = i + drawn; i < stop; ++i) parts[n++] = {i, base - start, from, to};
       if (n == kBatch) {
         visit(parts, words, n);
         n = 0;
@@ -81,6 +83,12 @@ inline float sign_of(const GroupWords& words, int64_t j) { return (words.w[j / 3
 
 template <class T>
 void store_signs_part(const GroupWords& words, int64_t from, int64_t to, T* out) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (from == 0 && to == kRademacherGroup) {  // known bounds: no counting between stores, which bound the draw
+      for (int j = 0; j < kRademacherGroup / 32; ++j) store_signs(words.w[j], out + 32 * j);
+      return;
+    }
+  }
   int64_t j = from;
   for (; j < to && j % 32 != 0; ++j) out[j] = static_cast<T>(sign_of(words, j));
   if constexpr (sizeof(T) == sizeof(float)) {

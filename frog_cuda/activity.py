@@ -8,7 +8,6 @@ Flügel et al., arXiv 2410.17764, section 4.4.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from . import ops
 from ._checks import flat
 from ._deferred import deferring
 from .aggregate import Aggregate, Custom
-from .dual import DualTensor, add_activity, primal_of
+from .dual import DualTensor, perturbed, primal_of
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
 from .layers import Group
@@ -65,6 +64,7 @@ class ActivityPerturbation:
         self._names = {id(p): name for name, p in self.parameters.items()}
         check_parameters(model, self.parameters)
         self.segments: list[Segment] = []
+        self._pieces: list[Piece] = []
         self._warned = False
         self._draws_numbers = False  # seen where a layer last ran a second time
 
@@ -117,9 +117,9 @@ class ActivityPerturbation:
                 self._numbers.rewind()
 
             def perturb(segment: Segment, y: Tensor, first: int = first, count: int = count) -> Tensor:
-                v = tangents.draw(segment.piece, tangent_dtype or y.dtype, first, count)
+                v = tangents.draw(segment.piece, tangent_dtype or primal_of(y).dtype, first, count)
                 segment.tangents.append(v)
-                return add_activity(y, v)
+                return perturbed(y, v)
 
             last = first == starts[-1]
             with torch.no_grad(), self._hooked(perturb):
@@ -135,7 +135,8 @@ class ActivityPerturbation:
         for segment, parts in zip(self.segments, zip(*kept, strict=True), strict=True):
             segment.tangents = list(parts)
         self._warn_of_layers_not_called()
-        return self.finish(tangents, aggregate, loss, value.dim() == 1, torch.cat(columns), correct_length)
+        moved = columns[0] if len(columns) == 1 else torch.cat(columns)
+        return self.finish(tangents, aggregate, loss, value.dim() == 1, moved, correct_length)
 
     def _warn_of_layers_not_called(self) -> None:
         """Once: a module may use the weights of an inner one without calling it, as torch.nn.MultiheadAttention does."""
@@ -212,7 +213,7 @@ class ActivityPerturbation:
 
     def gradients(self, tangents: TangentSet, estimate: Estimate, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         """Layer-local gradients of the parameters from the estimated gradients of the activities."""
-        self._cache: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._cache: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         found: dict[str, Tensor] = {}
         replayed: list[tuple[Segment, Tensor]] = []
         start = 0
@@ -242,11 +243,11 @@ class ActivityPerturbation:
             )
         v = _joined(segment)
         if self.shared and estimate.custom is None and v.shape[0] < segment.batch:
-            return local_gradient(layer, rule, x, self._weights(segment, estimate, x.dtype), v)
-        return local_gradient(layer, rule, x, None, self._activity_gradient(segment, estimate, start, width))
+            return local_gradient(layer, rule, x, v, *self._weights(segment, estimate, x.dtype))
+        return local_gradient(layer, rule, x, self._activity_gradient(segment, estimate, start, width))
 
-    def _weights(self, segment: Segment, estimate: Estimate, dtype: torch.dtype) -> Tensor:
-        """(k, B): how much of each tangent the mean loss's gradient holds in each row."""
+    def _weights(self, segment: Segment, estimate: Estimate, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(k, B): how much of each tangent the mean loss's gradient holds in each row; (k,): in all rows together."""
         key = segment.batch, dtype
         if key not in self._cache:
             c = estimate.base_coefficients
@@ -257,7 +258,8 @@ class ActivityPerturbation:
                 c = c * self._scale
                 if segment.batch == 1:  # one row for all samples: their gradients add up
                     c = c.sum(1, keepdim=True)
-            self._cache[key] = c.to(dtype)
+            c = c.to(dtype)
+            self._cache[key] = c, c.sum(1)
         return self._cache[key]
 
     def _activity_gradient(self, segment: Segment, estimate: Estimate, start: int, width: int) -> Tensor:
@@ -269,7 +271,7 @@ class ActivityPerturbation:
                 part = part.sum(0)
             return (part * self._scale).reshape(shape)
         v = _joined(segment)
-        weights = self._weights(segment, estimate, v.dtype)
+        weights, _ = self._weights(segment, estimate, v.dtype)
         if self.shared:
             return (weights.T @ flat(v)).view(shape)
         return torch.einsum("kb,kbm->bm", weights, flat(v, 2)).view(shape)
@@ -314,10 +316,7 @@ class ActivityPerturbation:
         self.segments = []
         self._offset = 0
         handles = [
-            g.output.register_forward_hook(
-                lambda m, args, kwargs, out, g=g: self._visit(g, args, out, perturb), with_kwargs=True
-            )
-            for g in self.groups
+            g.output.register_forward_hook(lambda m, args, out, g=g: self._visit(g, args, out, perturb)) for g in self.groups
         ]
         try:
             yield
@@ -328,14 +327,14 @@ class ActivityPerturbation:
     def _visit(self, group: Group, args: tuple[Any, ...], output: Any, perturb: Perturb) -> Any:
         several = isinstance(output, (tuple, list))
         y = output[0] if several else output
-        if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() == 0:
-            what = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+        value = primal_of(y)  # asking a DualTensor for its shape goes through __torch_function__
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
+            what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"layers: the output of {group.name} is {what}; expected a real floating point tensor (B, *)")
-        shape = tuple(y.shape[1:] if self.shared else y.shape)
-        piece = Piece(group.name, shape, self._offset)
-        self._offset += math.prod(shape)
+        shape = value.shape
+        piece = self._piece(group.name, shape[1:] if self.shared else shape)
         x = primal_of(args[0]) if group.rule is not None and args else None
-        if x is not None and x.dim() != y.dim():
+        if x is not None and x.dim() != value.dim():
             x = None
         version = x._version if x is not None else 0
         # A fused operator leaves a value and its tangents in one block of memory, which the value alone would keep alive
@@ -343,10 +342,20 @@ class ActivityPerturbation:
         if x is not None and isinstance(args[0], DualTensor) and args[0].k * x.numel() >= _WORTH_A_COPY:
             x = x.clone()
             version = x._version
-        segment = Segment(group, piece, y.shape[0], x, version, [])
+        segment = Segment(group, piece, shape[0], x, version, [])
         self.segments.append(segment)
         y = perturb(segment, y)
         return type(output)((y, *output[1:])) if several else y
+
+    def _piece(self, name: str, shape: tuple[int, ...]) -> Piece:
+        """The next piece of the tangent vector. That of the pass before serves again where it is the same."""
+        at = len(self.segments)
+        known = self._pieces[at] if at < len(self._pieces) else None
+        if known is None or known.offset != self._offset or known.shape != shape or known.name != name:
+            known = Piece(name, tuple(shape), self._offset)
+            self._pieces[at:] = [known]
+        self._offset += known.numel
+        return known
 
 
 def _joined(segment: Segment) -> Tensor:

@@ -412,15 +412,20 @@ def add_activity(t: Tensor, v: Tensor) -> DualTensor:
             f"add_activity: v has shape {tuple(v.shape)}; expected (k, *s) with k >= 1 and s a suffix of t's shape "
             f"{tuple(primal.shape)}"
         )
-    k = v.shape[0]
-    tangents = None
-    if isinstance(t, DualTensor):
-        if t.k != k:
-            raise _k_mismatch("add_activity", t.k, k)
-        if t.sampled is not None or t._tangents is not None or t._activity is not None:
-            tangents = t.tangents
-    out = _make(resolve(primal.detach()), tangents, k)
-    out._activity = resolve(v.detach())
+    if isinstance(t, DualTensor) and t.k != v.shape[0]:
+        raise _k_mismatch("add_activity", t.k, v.shape[0])
+    return perturbed(t, resolve(v.detach()))
+
+
+def perturbed(t: Tensor, v: Tensor) -> DualTensor:
+    """:func:`add_activity` for arguments that are known to fit."""
+    if type(t) is DualTensor:
+        given = t.sampled is not None or t._tangents is not None or t._activity is not None
+        primal, tangents = t._primal, t.tangents if given else None
+    else:
+        primal, tangents = resolve(t.detach()), None
+    out = _make(primal, tangents, v.shape[0])
+    out._activity = v
     return out
 
 

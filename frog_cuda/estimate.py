@@ -143,12 +143,13 @@ def read_loss(loss: Any, name: str = "loss_fn") -> tuple[Tensor, Tensor]:
 
 def check_loss(loss: Any, name: str) -> None:
     """The checks of :func:`read_loss` that need no tangents."""
+    loss = primal_of(loss)
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
         what = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(f"{name} returned {what}; expected a real floating point tensor")
     if loss.dim() > 1 or loss.numel() == 0:
         raise ValueError(f"{name} returned shape {tuple(loss.shape)}; expected a scalar () or one loss per sample (B,), B >= 1")
-    _check_finite("the loss", primal_of(loss).detach())
+    _check_finite("the loss", loss.detach())
 
 
 def _check_finite(what: str, values: Tensor) -> None:

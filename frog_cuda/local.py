@@ -47,26 +47,32 @@ def share_rule(original: type[nn.Module], subclass: type[nn.Module]) -> None:
 
 
 def local_gradient(
-    layer: Any, rule: LocalRule, x: Tensor, weights: Tensor | None, g: Tensor
+    layer: Any, rule: LocalRule, x: Tensor, g: Tensor, weights: Tensor | None = None, totals: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Gradients of ``layer.weight`` and ``layer.bias``, those that require grad.
 
     Arguments:
         x: the layer's input, (B, *in).
-        weights: C, (k, B), where ``g`` holds the k tangents of the output, (k, *out); None where it is the gradient, (B, *out).
+        g: the gradient of the output, (B, *out); where weights are given, the k tangents of the output, (k, *out).
+        weights: C, (k, B).  totals: the sums of its rows, (k,).
     Returns:
         pairs (parameter, gradient).
     """
-    g = g.to(x.dtype)
-    if layer.weight is not None and layer.weight.requires_grad:
+    if g.dtype != x.dtype:
+        g = g.to(x.dtype)
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if weight is not None and weight.requires_grad:
         f = rule.features(layer, x)
         if weights is not None:
-            f = (weights @ f.flatten(1)).view(weights.shape[0], *f.shape[1:])
-        yield layer.weight, rule.weight(layer, f, g)
-    bias = getattr(layer, "bias", None)
+            f = torch.mm(weights, f) if f.dim() == 2 else (weights @ f.flatten(1)).view(weights.shape[0], *f.shape[1:])
+        yield weight, rule.weight(layer, f, g)
     if bias is not None and bias.requires_grad:
         rows = rule.bias(layer, g)
-        yield bias, rows.sum(0) if weights is None else (weights.sum(1) @ rows.flatten(1)).view(rows.shape[1:])
+        if weights is None:
+            yield bias, rows.sum(0)
+        else:
+            totals = weights.sum(1) if totals is None else totals
+            yield bias, torch.mv(rows.T, totals) if rows.dim() == 2 else (totals @ rows.flatten(1)).view(rows.shape[1:])
 
 
 def _same(layer: nn.Module, x: Tensor) -> Tensor:
@@ -74,7 +80,8 @@ def _same(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _linear_weight(layer: nn.Linear, f: Tensor, g: Tensor) -> Tensor:
-    g, f = g.reshape(-1, g.shape[-1]), f.reshape(-1, f.shape[-1])
+    if g.dim() != 2:
+        g, f = g.reshape(-1, g.shape[-1]), f.reshape(-1, f.shape[-1])
     return ops.linear_gradient(g, f) if g.is_cpu else g.T @ f
 
 

@@ -52,7 +52,7 @@ def test_against_autograd(name, shared):
         v = g
     y.backward(g)
     with torch.no_grad():
-        found = list(local.local_gradient(layer, local.local_rule(layer), x, weights, v))
+        found = list(local.local_gradient(layer, local.local_rule(layer), x, v, weights))
     assert [id(p) for p, _ in found] == [id(p) for p in layer.parameters()]
     for p, own in found:
         assert_close64(own, p.grad)
@@ -62,7 +62,7 @@ def test_every_rule_is_tested_and_frozen_parameters_are_left_out():
     assert {type(make()) for make, _ in LAYERS.values()} == {t for t in local._RULES if t.__module__.startswith("torch")}
     layer = nn.Linear(3, 2)
     layer.weight.requires_grad_(False)
-    found = list(local.local_gradient(layer, local.local_rule(layer), torch.ones(4, 3), None, torch.ones(4, 2)))
+    found = list(local.local_gradient(layer, local.local_rule(layer), torch.ones(4, 3), torch.ones(4, 2)))
     assert [p is layer.bias for p, _ in found] == [True]
 
 

@@ -201,15 +201,17 @@ void launch_basis_product(const T* x, int64_t rows, int64_t in, int64_t out, con
 
 // ---- Gram matrices of weight and bias
 
+// A template, as every kernel of a file that several .cu files include: only those may be defined more than once.
+template <class T>
 __global__ void __launch_bounds__(kFinishThreads)
-    add_kernel(double* __restrict__ to, const double* __restrict__ from, int64_t n) {
+    add_kernel(T* __restrict__ to, const T* __restrict__ from, int64_t n) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kFinishThreads + threadIdx.x;
   if (at < n) to[at] += from[at];
 }
 
 /// to [n] += from [n], n >= 1.
 inline void launch_add(double* to, const double* from, int64_t n, cudaStream_t stream) {
-  launch(add_kernel, dim3(ceil_div(n, kFinishThreads)), dim3(kFinishThreads), 0, stream, to, from, n);
+  launch(add_kernel<double>, dim3(ceil_div(n, kFinishThreads)), dim3(kFinishThreads), 0, stream, to, from, n);
 }
 
 }  // namespace frog

@@ -18,6 +18,8 @@ from frog_cuda import _load
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 BUILT = bool(frog_cuda.build_info()["cuda"]) and torch.version.cuda is not None
+#: operators that lay their results out differently on a GPU: on the CPU, heads are left so that they can be joined
+OTHER_STRIDES = {"attention_jvp"}
 #: stems whose CUDA operators only call the library, so that there is no kernel to run on the host
 LIBRARY_ONLY = {"convolution"}
 
@@ -72,7 +74,9 @@ class TestBuilt:
             expected = direct(name)(**arguments)
             for fake, real in zip(_tensors(out), _tensors(expected), strict=True):
                 assert fake.device.type == "cuda"
-                assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+                assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+                if name not in OTHER_STRIDES:
+                    assert fake.stride() == real.stride()
 
 
 def _tensors(out: object) -> list[Tensor]:

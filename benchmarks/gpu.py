@@ -70,6 +70,13 @@ class Machine:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
+    def measured(self, fn: Callable[[], object]) -> Row:
+        """Time and peak memory of a call, or why it failed, so that the rest is measured all the same."""
+        try:
+            return {"seconds": self.seconds(fn), "peak_bytes": self.peak(fn)}
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"[:300]}
+
     def rand(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=dtype)
 
@@ -105,9 +112,9 @@ def operators(m: Machine) -> Iterator[Row]:
     """One row for each: what it needs at least, and in which ceiling it is counted."""
 
     def row(name: str, fn: Callable[[], object], *, bytes_: float = 0, flops: float = 0, ceiling: str = "copy") -> Row:
-        seconds = m.seconds(fn)
-        rate = (bytes_ if ceiling == "copy" else flops) / seconds
-        return {"operator": name, "seconds": seconds, "rate": rate, "ceiling": ceiling, "peak_bytes": m.peak(fn)}
+        found = m.measured(fn)
+        rate = None if "error" in found else (bytes_ if ceiling == "copy" else flops) / found["seconds"]
+        return {"operator": name, "rate": rate, "ceiling": ceiling, **found}
 
     for k in (4, 16):
         width = 64 if m.tiny else 4096
@@ -163,15 +170,15 @@ def gradients(m: Machine) -> Iterator[Row]:
         target = torch.randint(10, (len(x),), device=m.device)
 
         def row(method: str, k: int, fn: Callable[[], object], backprop: float | None, name: str = name) -> Row:
-            seconds = m.seconds(fn)
-            ratio = None if backprop is None else seconds / backprop
-            return {"model": name, "method": method, "k": k, "seconds": seconds, "ratio": ratio, "peak_bytes": m.peak(fn)}
+            found = m.measured(fn)
+            ratio = None if backprop is None or "error" in found else found["seconds"] / backprop
+            return {"model": name, "method": method, "k": k, "ratio": ratio, **found}
 
         base = row("backprop", 0, partial(backprop, model, x, target), None)
         base["ratio"] = 1.0
         yield base
         if m.device.type == "cuda":
-            yield row("backprop, CUDA graph", 0, _graphed(model, x, target), base["seconds"])
+            yield row("backprop, CUDA graph", 0, _graphed(model, x, target), base.get("seconds"))
         loss = nn.CrossEntropyLoss(reduction="none")
         for perturb in ("activity", "weight"):
             for k in (1, 2, 4, 16):
@@ -179,10 +186,10 @@ def gradients(m: Machine) -> Iterator[Row]:
                     options = {"per_sample": not name.startswith("ResNet"), "cuda_graph": graph}
                     fg = frog.ForwardGradient(model, loss, k=k, perturb=perturb, **options)
                     step = partial(forward, fg, x, target)
-                    yield row(f"{perturb}, CUDA graph" if graph else perturb, k, step, base["seconds"])
+                    yield row(f"{perturb}, CUDA graph" if graph else perturb, k, step, base.get("seconds"))
         if name.startswith("FC"):
             for k in (1, 4, 16):
-                yield row("vmap(jvp)", k, partial(_vmap_jvp, model, x, target, k), base["seconds"])
+                yield row("vmap(jvp)", k, partial(_vmap_jvp, model, x, target, k), base.get("seconds"))
 
 
 def backprop(model: nn.Module, x: Tensor, target: Tensor) -> None:
@@ -244,6 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
             result[kind].append(row)
             file.write_text(json.dumps(result, indent=1))  # what was measured stays, whatever happens next
     print(table(result))
+    sys.exit(any("error" in row for kind in ("operators", "gradients") for row in result[kind]))
 
 
 def table(result: Row) -> str:
@@ -254,17 +262,19 @@ def table(result: Row) -> str:
     ]
     lines += ["", f"{'operator':44} {'ms':>9} {'of ceiling':>11} {'peak MiB':>9}"]
     for row in result["operators"]:
-        share = row["rate"] / top[row["ceiling"]]
-        lines.append(
-            f"{row['operator']:44} {row['seconds'] * 1e3:9.3f} {share:6.1%} {row['ceiling']:4} {row['peak_bytes'] >> 20:9}"
-        )
-    lines += ["", f"{'model':10} {'method':22} {'k':>3} {'ms':>9} {'backprops':>9} {'peak MiB':>9}"]
+        share = "" if row["rate"] is None else f"{row['rate'] / top[row['ceiling']]:6.1%} {row['ceiling']:4}"
+        lines.append(f"{row['operator']:44} {_cells(row, share)}")
+    lines += ["", f"{'model':10} {'method':22} {'k':>3} {'ms':>9} {'backprops':>11} {'peak MiB':>9}"]
     for row in result["gradients"]:
-        lines.append(
-            f"{row['model']:10} {row['method']:22} {row['k']:3} {row['seconds'] * 1e3:9.3f} {row['ratio']:9.2f} "
-            f"{row['peak_bytes'] >> 20:9}"
-        )
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:11.2f}"
+        lines.append(f"{row['model']:10} {row['method']:22} {row['k']:3} {_cells(row, ratio)}")
     return "\n".join(lines)
+
+
+def _cells(row: Row, share: str) -> str:
+    if "error" in row:
+        return f"failed: {row['error']}"
+    return f"{row['seconds'] * 1e3:9.3f} {share} {row['peak_bytes'] >> 20:9}"
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ bench() {
   "$PYTHON" benchmarks/gpu.py --out "$OUT"
 }
 
-declare -A status seconds limit=([build]=240 [test]=180 [sanitize]=120 [bench]=200)
+declare -A status seconds limit=([build]=150 [test]=120 [sanitize]=150 [bench]=120)
 failed=0
 export OUT PYTHON
 export -f build run_tests sanitize bench

@@ -7,7 +7,7 @@
 #include "kernels/linear.cuh"
 
 #include "../arguments/linear.h"
-#include "device.h"
+#include "dual.h"
 
 namespace frog {
 
@@ -32,12 +32,6 @@ template <>
 constexpr ScalarType kType<bf16> = ScalarType::BFloat16;
 template <>
 constexpr ScalarType kType<fp16> = ScalarType::Half;
-
-Tensor dense_as(const Tensor& t, ScalarType dtype) { return torch::stable::contiguous(to_dtype(t, dtype)); }
-std::optional<Tensor> dense_as(const std::optional<Tensor>& t, ScalarType dtype) {
-  if (!t) return std::nullopt;
-  return dense_as(*t, dtype);
-}
 
 // Sampled bias tangents [k, out]
 Tensor sampled_bias(const LinearArguments& a, int64_t out, ScalarType dtype) {

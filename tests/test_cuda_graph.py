@@ -139,7 +139,9 @@ def test_nan_is_named_and_leaves_gradients_alone(stand_in, cleared):
 
 def test_a_resumed_run_draws_what_it_would_have(stand_in):
     model, fg = graphed()
-    losses = [fg(*batch(step)) for step in range(4)]
+    for step in range(4):
+        fg(*batch(step))
+    assert fg.step == 4
     fg.load_state_dict({"seed": 0, "step": 2})
     model.zero_grad()
     fg(*batch(2))
@@ -147,7 +149,6 @@ def test_a_resumed_run_draws_what_it_would_have(stand_in):
     fg.load_state_dict({"seed": 0, "step": 2})
     fg(*batch(2))
     assert torch.equal(fg.last.directional_derivatives, derivatives)
-    assert len(losses) == 4
 
 
 def test_update_follows_a_graphed_step(stand_in):

@@ -1,5 +1,5 @@
 # make demo     set up where needed, then train a network without backprop
-# make test     set up where needed, then run every test            ARGS="-k gram" chooses
+# make test     set up where needed, then run every test            ARGS="-k gram" chooses; ARGS=-n0 in one process
 # make lint     ruff, clang-format, mypy, and csrc/ compiled with warnings as errors
 # make build    the compiled libraries, in place
 # make test-cuda-build   the CUDA kernels compiled (needs nvcc, no GPU), and every test beside a CUDA build of torch
@@ -23,6 +23,9 @@ else
 BUILT := build/.built
 STRICT := build/lint/.built
 endif
+
+# A process for each core; a file of tests stays in one of them, for what its tests share.
+PYTEST := -q -n auto --dist loadfile
 
 # A second environment and a copy of the sources, because the two builds of torch need libraries of their own.
 CUDA_VENV := .venv-cuda
@@ -72,7 +75,7 @@ demo: $(BUILT)
 	@$(PY) -m frog_cuda demo
 
 test: $(BUILT)
-	@$(PY) -m pytest -q $(ARGS)
+	@$(PY) -m pytest $(PYTEST) $(ARGS)
 
 $(CUDA_READY): requirements.txt requirements-cuda.txt
 	@$(CUDA_VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(CUDA_VENV)
@@ -87,7 +90,7 @@ test-cuda-build: $(CUDA_READY)
 	@tar -cf - --exclude=./.git --exclude='./.venv*' --exclude=./build --exclude='*.so' --exclude=__pycache__ . | tar -xf - -C $(CUDA_TREE)
 	@cd $(CUDA_TREE) && export FROG_CUDA_BUILD=cuda TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" && \
 	    $(CURDIR)/$(CUDA_VENV)/bin/python setup.py --quiet build_ext --inplace
-	@cd $(CUDA_TREE) && FROG_CUDA_ON_CPU_BUILD=$(CURDIR)/build/cuda_on_cpu $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest -q $(ARGS)
+	@cd $(CUDA_TREE) && FROG_CUDA_ON_CPU_BUILD=$(CURDIR)/build/cuda_on_cpu $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest $(PYTEST) $(ARGS)
 
 bench: $(BUILT)
 	@$(PY) benchmarks/run.py $(ARGS)

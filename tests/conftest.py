@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes that share the cores (``-n``) take their part of them, rather than all."""
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // worker["workercount"]))
+        # A pytest that a test starts is no worker: pytest-benchmark would measure nothing there
+        for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+            del os.environ[name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,7 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Kernels that several files of tests will run on the host are compiled while earlier tests run."""
     stems = {item.path.stem.removeprefix("test_cuda_") for item in session.items if item.path.stem.startswith("test_cuda_")}
-    if len(stems) > 1 and not session.config.option.collectonly:
+    first = getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"] == "gw0"
+    if first and len(stems) > 1 and not session.config.option.collectonly:
         from cuda_on_cpu.client import build_ahead
 
         build_ahead(sorted(stems))

@@ -150,8 +150,11 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.arange(5) % 4
 
 
+OPTIONS = {"plain": {}, "chunks": {"chunk_size": 2}, "mean": {"aggregate": "mean"}, "custom": {"aggregate": lambda v, d: d @ v}}
+
+
 @BASES
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"aggregate": "mean"}, {"aggregate": lambda v, d: d @ v}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_forward_equals_simulated(base, options):
     fg = frog.ForwardGradient(net(), nn.CrossEntropyLoss(), k=5, perturb="weight", tangents=LowRank(2, base), **options)
     simulated = frog.simulate(fg, *data())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import pickle
@@ -75,7 +76,9 @@ def build_ahead(stems: Iterable[str]) -> None:
 
 def build(source: Path) -> Path:
     """The shared library of one file of kernels; compiled where it or what it may include has changed."""
-    with _locks[source]:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with _locks[source], open(BUILD / f"{source.stem}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # against other processes that run tests; the one above is for threads
         return _build(source)
 
 
@@ -89,7 +92,6 @@ def _build(source: Path) -> Path:
         digest.update(path.name.encode() + path.read_bytes())
     library = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     if not library.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=BUILD, suffix=".so") as unfinished:
             done = subprocess.run([*command, *map(str, own), "-o", unfinished.name], capture_output=True, text=True)
             if done.returncode != 0:

@@ -27,6 +27,7 @@ from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
 from .layers import Group
 from .local import local_gradient
+from .share import ALONE, Share
 from .tangents import Distribution, Piece, StandardBasis, Supplied, TangentSet
 from .weight import Inputs, check_parameters, copied_buffers
 
@@ -102,18 +103,21 @@ class ActivityPerturbation:
         chunk_size: int | None,
         correct_length: bool,
         tangent_dtype: torch.dtype | None,
+        share: Share = ALONE,
     ) -> Estimate:
-        """One forward pass per chunk of tangents."""
+        """One forward pass per chunk of this share's tangents."""
         k = tangents.k
-        size = k if chunk_size is None else min(chunk_size, k)
-        starts = range(0, k, size)
+        begin, mine = share.span(k)
+        end = begin + mine
+        size = mine if chunk_size is None else min(chunk_size, mine)
+        starts = range(begin, end, size)
         columns: list[Tensor] = []
         kept: list[list[Tensor]] = []
         loss = value = torch.empty(0)
         self._numbers = RandomNumbers(self.parameters.values())
         for first in starts:
-            count = min(size, k - first)
-            if first > 0:
+            count = min(size, end - first)
+            if first > begin:
                 self._numbers.rewind()
 
             def perturb(segment: Segment, y: Tensor, first: int = first, count: int = count) -> Tensor:
@@ -133,10 +137,14 @@ class ActivityPerturbation:
             kept.append([s.tangents[0] for s in self.segments])
             columns.append(moved)
         for segment, parts in zip(self.segments, zip(*kept, strict=True), strict=True):
-            segment.tangents = list(parts)
+            others = [(0, begin), (end, k - end)]  # propagated by others, and needed here for the estimate
+            before, after = (
+                [tangents.draw(segment.piece, parts[0].dtype, first, count)] if count else [] for first, count in others
+            )
+            segment.tangents = [*before, *parts, *after]
         self._warn_of_layers_not_called()
-        moved = columns[0] if len(columns) == 1 else torch.cat(columns)
-        return self.finish(tangents, aggregate, loss, value.dim() == 1, moved, correct_length)
+        moved = share.gather(columns[0] if len(columns) == 1 else torch.cat(columns), loss, k)
+        return self.finish(tangents, aggregate, loss, value.dim() == 1, moved, correct_length, share)
 
     def _warn_of_layers_not_called(self) -> None:
         """Once: a module may use the weights of an inner one without calling it, as torch.nn.MultiheadAttention does."""
@@ -160,6 +168,7 @@ class ActivityPerturbation:
         losses_per_sample: bool,
         base_derivatives: Tensor,
         correct_length: bool,
+        share: Share = ALONE,
     ) -> Estimate:
         """From base derivatives, (k,) or (k, B), to the estimate."""
         per_sample = self.per_sample and losses_per_sample
@@ -169,14 +178,16 @@ class ActivityPerturbation:
         if per_sample:
             batch = base_derivatives.shape[1]
             self.check_rows(batch)
-            self._scale = 1.0 / batch
+            self._scale = 1.0 / (batch * share.shards)
+        loss, averaged = share.average(loss, None if per_sample else base_derivatives)
+        base_derivatives = base_derivatives if averaged is None else averaged
         n = sum(s.piece.numel for s in self.segments)
         if per_sample and not self.shared:
             n = sum(s.piece.numel // s.batch for s in self.segments)
             if not isinstance(aggregate, Aggregate):
                 raise ValueError("aggregate: a custom aggregation needs shared_across_batch=True or per_sample=False")
         elif not per_sample and self.shared:
-            n = sum(s.piece.numel * s.batch for s in self.segments)
+            n = sum(s.piece.numel * s.batch * share.shards for s in self.segments)
 
         def gram() -> Tensor:
             if self.shared and per_sample:
@@ -189,7 +200,7 @@ class ActivityPerturbation:
                     total = total + rows @ rows.mT
                 else:
                     # Shared tangents under one derivative for the batch: the same vector once for each row
-                    total = total + ops.gram(flat(v)) * (s.batch if self.shared else 1)
+                    total = total + ops.gram(flat(v)) * (s.batch * share.shards if self.shared else 1)
             return total.expand(batch, *total.shape[1:]) if total.dim() == 3 else total
 
         def stored() -> Tensor:

@@ -75,10 +75,12 @@ class SampledTangents:
         k, first: tangents ``first .. first + k`` of the whole set.
         offset: position of the parameter's first element in the global tangent vector.
         distribution: ``"normal"``, ``"rademacher"`` or ``"standard_basis"``.
-        grams: where given, fused rules leave the Gram matrix (float64 ``(k, k)``) of the tangents they drew here, under the
-            parameter's offset; a bias drawn together with its weight is counted in the weight's entry and gets zeros.
+        grams: where given, fused rules leave here, under the parameter's offset, what returns the Gram matrix (float64
+            ``(whole, whole)``) of the tangents they drew; a bias drawn together with its weight is counted in the weight's
+            entry and gets zeros.
         touched: where given, the offset is added to it when an operation reads the tangents: the parameter takes part.
         dtype: of the tangents; None means the parameter's.
+        whole: how many tangents the whole set has; None means k.
     """
 
     state: Tensor
@@ -86,9 +88,10 @@ class SampledTangents:
     first: int
     offset: int
     distribution: str
-    grams: dict[int, Tensor] | None = None
+    grams: dict[int, Callable[[], Tensor]] | None = None
     touched: set[int] | None = None
     dtype: torch.dtype | None = None
+    whole: int | None = None
 
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]

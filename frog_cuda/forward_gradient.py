@@ -20,6 +20,7 @@ from .aggregate import Aggregate, scaling_correction
 from .dual import DualTensor
 from .estimate import Estimate, check_loss, read_loss, solve
 from .layers import activity_groups, select
+from .share import ALONE, Share
 from .tangents import Piece, TangentSet
 from .weight import Inputs, WeightPerturbation, inputs_of
 
@@ -153,7 +154,7 @@ class ForwardGradient:
         self._took(tangents, inputs, estimate)
         return estimate.loss
 
-    def _estimate(self, tangents: TangentSet, inputs: Inputs, target: Any) -> Estimate:
+    def _estimate(self, tangents: TangentSet, inputs: Inputs, target: Any, share: Share = ALONE) -> Estimate:
         """One forward pass along ``tangents``, and the projection; changes nothing of this object's."""
         return self._method.derivatives(
             tangents,
@@ -164,6 +165,7 @@ class ForwardGradient:
             chunk_size=self.chunk_size,
             correct_length=self.scaling_correction,
             tangent_dtype=self.tangent_dtype,
+            share=share,
         )
 
     def _took(self, tangents: TangentSet, inputs: Inputs, estimate: Estimate) -> None:

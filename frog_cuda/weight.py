@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from .dual import DualTensor, SampledTangents
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
 from .layers import parameters_of
+from .share import ALONE, Share
 from .tangents import Distribution, Piece, TangentSet
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -56,14 +57,15 @@ class WeightPerturbation:
         chunk_size: int | None,
         correct_length: bool,
         tangent_dtype: torch.dtype | None,
+        share: Share = ALONE,
     ) -> Estimate:
-        """One forward pass per chunk of tangents. Fills ``used``: the pieces that took part."""
+        """One forward pass per chunk of this share's tangents. Fills ``used``: the pieces that took part."""
         k = tangents.k
-        size = k if chunk_size is None else min(chunk_size, k)
-        starts = range(0, k, size)
-        wants_gram = isinstance(aggregate, Aggregate) and (aggregate.needs_gram or tangents.distribution.mixed)
-        # With several chunks the kernels see only parts of the Gram matrix
-        grams: dict[int, Tensor] | None = {} if wants_gram and len(starts) == 1 else None
+        begin, mine = share.span(k)
+        size = mine if chunk_size is None else min(chunk_size, mine)
+        starts = range(begin, begin + mine, size)
+        wants_gram = tangents.distribution.mixed or (isinstance(aggregate, Aggregate) and aggregate.needs_gram)
+        grams: dict[int, Callable[[], Tensor]] | None = {} if wants_gram else None
         touched: set[int] = set()
         columns: list[Tensor] = []
         loss = torch.empty(0)
@@ -72,7 +74,7 @@ class WeightPerturbation:
             for first in starts:
                 if numbers is not None:
                     numbers.rewind()
-                count = min(size, k - first)
+                count = min(size, begin + mine - first)
                 state: dict[str, Any] = {
                     piece.name: self._dual(tangents, piece, first, count, grams, touched, tangent_dtype)
                     for piece in self.pieces
@@ -85,15 +87,23 @@ class WeightPerturbation:
                 columns.append(moved.reshape(count, -1).double().mean(1).to(moved.dtype))
         self.used = [p for p in self.pieces if tangents.stored is not None or p.offset in touched]
 
+        loss, derivatives = share.average(loss, share.gather(torch.cat(columns), loss, k))
+        assert derivatives is not None
+
+        def gram_of(piece: Piece) -> Tensor:
+            return grams[piece.offset]() if grams and piece.offset in grams else tangents.gram(piece)
+
         def gram() -> Tensor:
-            parts = [grams[p.offset] if grams and p.offset in grams else tangents.gram(p) for p in self.used]
-            return torch.stack(parts).sum(0)
+            if tangents.stored is not None:  # of any magnitude, and held by every process
+                return torch.stack([tangents.gram(p) for p in self.used]).sum(0)
+            # Where the step does not need it, one process alone may ask for it
+            return (share if wants_gram else ALONE).gram(self.used, gram_of)
 
         def stored() -> Tensor:
             return torch.cat([flat(tangents.draw(p, self.parameters[p.name].dtype)) for p in self.used], 1)
 
         n = sum(p.numel for p in self.used)
-        return solve(tangents, aggregate, loss, torch.cat(columns), gram, stored, n, correct_length)
+        return solve(tangents, aggregate, loss, derivatives, gram, stored, n, correct_length)
 
     def _dual(
         self,
@@ -101,7 +111,7 @@ class WeightPerturbation:
         piece: Piece,
         first: int,
         count: int,
-        grams: dict[int, Tensor] | None,
+        grams: dict[int, Callable[[], Tensor]] | None,
         touched: set[int],
         tangent_dtype: torch.dtype | None,
     ) -> DualTensor:
@@ -112,28 +122,33 @@ class WeightPerturbation:
         if factors is not None:
             return DualTensor.sampled_from(p, replace(factors, offset=piece.offset, touched=touched))
         base = tangents.distribution.base
-        sampled = SampledTangents(tangents.state, count, first, piece.offset, base, grams, touched, tangent_dtype)
+        sampled = SampledTangents(
+            tangents.state, count, first, piece.offset, base, grams, touched, tangent_dtype, whole=tangents.k
+        )
         return DualTensor.sampled_from(p, sampled)
 
-    def gradients(self, tangents: TangentSet, estimate: Estimate) -> Iterator[tuple[str, Tensor]]:
-        """The estimate, parameter by parameter; parameters that did not take part are left out."""
+    def gradients(
+        self, tangents: TangentSet, estimate: Estimate, only: Collection[Piece] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The estimate, parameter by parameter; those that did not take part are left out, or all that are not ``only``."""
         start = 0
         for piece in self.used:
             dtype = self.parameters[piece.name].dtype
-            if estimate.base_coefficients is not None:
+            wanted = only is None or piece in only
+            if wanted and estimate.base_coefficients is not None:
                 yield piece.name, tangents.combine(piece, estimate.base_coefficients, dtype)
-            else:
+            elif wanted:
                 assert estimate.custom is not None
                 yield piece.name, estimate.custom[start : start + piece.numel].view(piece.shape).to(dtype)
             start += piece.numel
 
-    def update_(self, tangents: TangentSet, estimate: Estimate, lr: float) -> None:
-        """``p -= lr * estimate`` in place."""
+    def update_(self, tangents: TangentSet, estimate: Estimate, lr: float, only: Collection[Piece] | None = None) -> None:
+        """``p -= lr * estimate`` in place, of all parameters that took part or only some of them."""
         if estimate.base_coefficients is None:
-            for name, g in self.gradients(tangents, estimate):
+            for name, g in self.gradients(tangents, estimate, only):
                 self.parameters[name].detach().sub_(g, alpha=lr)
             return
-        for piece in self.used:
+        for piece in self.used if only is None else only:
             p = self.parameters[piece.name]
             tangents.axpy_(p.detach(), piece, estimate.base_coefficients, -lr)
             torch.autograd.graph.increment_version(p)

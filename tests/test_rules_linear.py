@@ -15,8 +15,8 @@ K, B, IN, OUT = 3, 7, 33, 5
 STATE = torch.tensor([11, 4])
 
 
-def sampled(p: torch.Tensor, offset: int, grams=None, distribution="normal", state=STATE) -> DualTensor:
-    return DualTensor.sampled_from(p, SampledTangents(state, K, 0, offset, distribution, grams))
+def sampled(p: torch.Tensor, offset: int, grams=None, distribution="normal", state=STATE, k=K, whole=None) -> DualTensor:
+    return DualTensor.sampled_from(p, SampledTangents(state, k, 0, offset, distribution, grams, whole=whole))
 
 
 def stored(p: torch.Tensor, offset: int, distribution="normal", state=STATE) -> torch.Tensor:
@@ -62,23 +62,37 @@ def test_pending_activity_goes_through_the_layer(suffix, own):
 
 def test_gram_matrices_are_left_for_the_estimator():
     x, w, b = draw(B, IN), draw(OUT, IN, seed=2), draw(OUT, seed=3)
-    grams: dict[int, torch.Tensor] = {}
+    grams: dict = {}
     dw, db = sampled(w, 8, grams), sampled(b, 8 + w.numel(), grams)
     first = F.linear(x, dw, db)
     flat = torch.cat([stored(w, 8).flatten(1), stored(b, 8 + w.numel())], 1)
-    assert_close64(grams[8], flat @ flat.t())
-    assert_close64(grams[8 + w.numel()], torch.zeros(K, K, dtype=torch.float64))
+    assert_close64(grams[8](), flat @ flat.t())
+    assert_close64(grams[8 + w.numel()](), torch.zeros(K, K, dtype=torch.float64))
     kept = dict(grams)
     assert_close64(F.linear(x, dw, db).tangents, first.tangents)  # a second use counts nothing twice
     assert all(grams[o] is kept[o] for o in kept) and len(grams) == 2
-    alone: dict[int, torch.Tensor] = {}
+    alone: dict = {}
     F.linear(x, w, sampled(b, 5, alone))
-    assert_close64(alone[5], stored(b, 5) @ stored(b, 5).t())
+    assert_close64(alone[5](), stored(b, 5) @ stored(b, 5).t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 5), (40, 130), (70, 300)], ids=str)
+def test_gram_matrix_of_a_whole_set_from_a_part_of_it(shape, dtype):
+    out, columns = shape
+    x, w, b = (t.to(dtype) for t in (draw(B, columns), draw(out, columns, seed=2), draw(out, seed=3)))
+    found: list[dict] = [{}, {}]
+    for grams, k, whole in zip(found, (5, 2), (None, 5), strict=True):
+        F.linear(x, sampled(w, 8, grams, k=k, whole=whole), sampled(b, 8 + w.numel(), grams, k=k, whole=whole))
+    assert set(found[0]) == set(found[1])
+    for offset in found[0]:
+        assert found[1][offset]().shape == (5, 5)
+        assert torch.equal(found[0][offset](), found[1][offset]())
 
 
 def test_a_tied_bias_is_counted_once():
     x, b = draw(B, OUT), draw(OUT, seed=3)
-    grams: dict[int, torch.Tensor] = {}
+    grams: dict = {}
     bias = sampled(b, 0, grams)
     F.linear(x, draw(OUT, OUT), bias)
     weight = sampled(draw(OUT, OUT, seed=5), 40, grams)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if activity is not None:
         # A tangent shared over rows goes through the layer as one row and is added to the product of the others
         if 2 <= activity.dim() < x.dim() + 1:
-            activity = torch.matmul(activity, w.t().to(activity.dtype))
+            activity = _rows_times(activity, w.t().to(activity.dtype))
         else:
             dx, activity = input.tangents, None
     # A single draw serves both parameters where they come from the same set of tangents
@@ -77,7 +78,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
             drawn.touched.add(drawn.offset)
     grams = source.grams
     # Each offset is counted once: a parameter used a second time, or a bias already counted, asks for nothing
-    want_gram = grams is not None and w_offset not in grams and b_offset not in grams
+    uncounted = grams is not None and w_offset not in grams and b_offset not in grams
+    want_gram = uncounted and source.whole in (None, k)
     y, dy, gram = _linear_jvp(
         x,
         dx,
@@ -97,8 +99,13 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         0.0,
         want_gram,
     )
-    if want_gram:
-        _record(grams, gram, w_offset, b_offset)
+    if uncounted:
+        empty = x.new_empty(0, w.shape[1])
+        made = (lambda: gram) if want_gram else partial(_gram_alone, empty, w, b, source, w_offset, b_offset)
+        grams[w_offset if b_offset is None else b_offset] = made
+        if w_offset is not None and b_offset is not None:
+            side = source.whole or k
+            grams[w_offset], grams[b_offset] = made, partial(empty.new_zeros, (side, side), dtype=torch.float64)
     if dx is None and source.dtype is not None:
         dy = dy.to(source.dtype)
     return _make(y, dy, k)
@@ -127,17 +134,26 @@ def _low_rank(input: Any, weight: Tensor, factors: Factors, bias: Any) -> Any:
     return out
 
 
+def _rows_times(rows: Tensor, w: Tensor) -> Tensor:
+    """``rows @ w``. Libraries multiply up to three rows in another order: a tangent's bits would tell how many there are."""
+    count = rows.shape[0]
+    if rows.dim() != 2 or count > 3:
+        return torch.matmul(rows, w)
+    return torch.matmul(F.pad(rows, (0, 0, 0, 4 - count)), w)[:count]
+
+
 def _same_set(a: SampledTangents, b: SampledTangents) -> bool:
     return a.state is b.state and a.first == b.first and a.distribution == b.distribution and a.grams is b.grams
 
 
-def _record(grams: Any, gram: Tensor, weight_offset: int | None, bias_offset: int | None) -> None:
-    if weight_offset is None:
-        grams[bias_offset] = gram
-        return
-    grams[weight_offset] = gram
-    if bias_offset is not None:
-        grams[bias_offset] = torch.zeros_like(gram)
+def _gram_alone(
+    x: Tensor, w: Tensor, b: Tensor | None, source: SampledTangents, w_offset: int | None, b_offset: int | None
+) -> Tensor:
+    """What the operator returns for the whole set, to the bit, where it multiplied with a part of the set only. x: (0, in)."""
+    code, whole = _DISTRIBUTIONS[source.distribution], source.whole
+    return _linear_jvp(
+        x, None, w, b, None, None, None, source.state, whole, 0, code, w_offset, b_offset, _IDENTITY, 0.0, 0.0, True
+    )[2]
 
 
 @aten(torch.ops.aten.linear.default)

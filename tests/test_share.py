@@ -1,0 +1,49 @@
+"""Parts of a step give, put together, the bits of the whole."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+import frog_cuda as frog
+from frog_cuda.experiments import models
+from frog_cuda.share import from_limbs, limbs
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+@pytest.mark.parametrize("name", ["fc", "resnet18", "vit"])
+def test_chunks_change_no_bit(perturb, name):
+    """A Gram matrix summed elsewhere, or a product of fewer rows, would show here."""
+    sizes = {"fc": {"width": 96}, "resnet18": {"width": 8}, "vit": {"layers": 1, "width": 32, "hidden": 32}}[name]
+    found = []
+    for chunk in (None, 1, 3):
+        torch.manual_seed(0)
+        model = models.build(name, (3, 16, 16), 10, **sizes)
+        fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(reduction="none"), k=5, perturb=perturb, chunk_size=chunk)
+        loss = fg(torch.randn(8, 3, 16, 16), torch.arange(8))
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([loss, fg.last.directional_derivatives, fg.last.gram, fg.last.coefficients, *grads, *model.buffers()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_sums_do_not_depend_on_their_order():
+    torch.manual_seed(0)
+    parts = [torch.randn(3, 3, dtype=torch.float64) * 10.0**e for e in (-3, 0, 2, 5, 7, 7, 3)]
+    total = from_limbs(limbs(parts))
+    for cut in range(1, 7):
+        assert torch.equal(from_limbs(limbs(parts[cut:]) + limbs(parts[:cut])), total)
+    exact = [[sum(Fraction(p[i, j].item()) for p in parts) for j in range(3)] for i in range(3)]
+    for i in range(3):
+        for j in range(3):
+            assert abs(Fraction(total[i, j].item()) - exact[i][j]) <= Fraction(1, 2**58) + abs(exact[i][j]) / 2**52
+    reordered = sum(parts[3:], torch.zeros(3, 3, dtype=torch.float64)) + sum(parts[:3], torch.zeros(3, 3, dtype=torch.float64))
+    assert not torch.equal(reordered, sum(parts, torch.zeros(3, 3, dtype=torch.float64)))  # plain sums do depend on it
+
+
+def test_sums_of_large_and_of_negative_numbers():
+    parts = [torch.tensor([[v]], dtype=torch.float64) for v in (2.0**50, -0.25, -(2.0**50), 2.0**-40, -1e-20)]
+    assert from_limbs(limbs(parts)).item() == -0.25 + 2.0**-40

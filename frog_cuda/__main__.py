@@ -1,14 +1,15 @@
-"""The command line: ``python -m frog_cuda {demo,info}``."""
+"""The command line: ``python -m frog_cuda COMMAND``."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import __version__, build_info
-from .experiments import MissingPackages, UsageError, demo, missing
+from .experiments import MissingPackages, UsageError, approximation, demo, missing
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ def _info(args: argparse.Namespace) -> None:
 
 COMMANDS = {
     "demo": Command("train a network on handwritten digits with and without backprop", demo.add_arguments, demo.run),
+    "approximation": Command(
+        "how close estimates come to the gradient, by number of tangents and dimensions (section 4.1 of the paper)",
+        approximation.add_arguments,
+        approximation.run,
+    ),
     "info": Command("versions, compiler and kernels of this installation", lambda parser: None, _info),
 }
 
@@ -58,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     top = parser()
     args = top.parse_args(arguments)
+    args.command_line = shlex.join(["python", "-m", "frog_cuda", *(sys.argv[1:] if arguments is None else arguments)])
     if args.command is None:
         top.print_help()
         return 0

@@ -130,10 +130,17 @@ def _checked_k(flat: list[Any], directions: list[Tensor | None]) -> int:
 def _leaf(primal: Any, tangent: Tensor | None, chunk: slice, last: bool) -> Any:
     if not isinstance(primal, Tensor):
         return primal
-    value = primal.detach() if last else torch._lazy_clone(primal.detach())  # copied only if written to
+    value = primal.detach() if last else _copy_if_written(primal.detach())
     if tangent is None:
         return value
-    return DualTensor(value, torch._lazy_clone(tangent.detach()[chunk]))
+    return DualTensor(value, _copy_if_written(tangent.detach()[chunk]))
+
+
+def _copy_if_written(tensor: Tensor) -> Tensor:
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:  # memory that PyTorch did not allocate itself, such as numpy's, can only be copied at once
+        return tensor.clone()
 
 
 def _split(outs: list[Any], k: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +145,17 @@ def test_pytorchs_own_transforms_are_refused():
         x = torch.autograd.forward_ad.make_dual(X, X)
         with pytest.raises(RuntimeError, match="forward_ad dual tensor"):
             jvp(torch.sin, (x,), (V,))
+
+
+def test_memory_that_pytorch_did_not_allocate():
+    """Arrays of numpy, as primal and as tangent; what fn writes into them changes no tangent of the caller."""
+    x, v = torch.from_numpy(np.full(4, 3.0)), torch.from_numpy(np.eye(4)[:3])
+
+    def fn(x):
+        return x.mul_(2).square().sum()
+
+    for chunk_size in (None, 2):
+        primal, before = torch.from_numpy(x.numpy().copy()), v.clone()
+        value, derivatives = jvp(fn, (primal,), (v,), chunk_size=chunk_size)
+        assert value == 144 and torch.equal(derivatives, torch.full((3,), 24.0, dtype=torch.float64))
+        assert torch.equal(v, before)

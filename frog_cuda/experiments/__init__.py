@@ -1,6 +1,6 @@
-"""What the command line runs: the demo, and the models of the paper's experiments.
+"""What the command line runs: the demo, and the experiments of the paper.
 
-Needs the packages of ``frog_cuda[demo]``; the library does not.
+Needs the packages of ``frog_cuda[experiments]``, the demo those of ``frog_cuda[demo]``; the library needs neither.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ def missing(*modules: str) -> list[str]:
     return [_DISTRIBUTIONS.get(package, package) for package in packages if find_spec(package) is None]
 
 
-def require(*modules: str) -> list[Any]:
+def require(*modules: str, extra: str = "experiments") -> list[Any]:
     """Imports optional modules.
 
+    Arguments:
+        extra: what installs them: ``pip install frog_cuda[extra]``.
     Raises:
         MissingPackages: one or more are not installed.
     """
     absent = missing(*modules)
     if absent:
         are = "is" if len(absent) == 1 else "are"
-        raise MissingPackages(f"{', '.join(absent)} {are} not installed; run `pip install frog_cuda[demo]`")
+        raise MissingPackages(f"{', '.join(absent)} {are} not installed; run `pip install frog_cuda[{extra}]`")
     return [import_module(module) for module in modules]

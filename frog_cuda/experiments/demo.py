@@ -18,6 +18,7 @@ from .. import build_info
 from . import UsageError, require
 from .digits import CLASSES, PIXELS, Digits, batches, load
 from .gradients import Gradient, backprop, forward, vmap_jvp
+from .options import positive
 from .timing import interleaved_medians
 
 __all__ = ["Method", "Row", "Run", "add_arguments", "run"]
@@ -200,11 +201,11 @@ def table(lines: list[Row]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m frog_cuda demo``."""
     add = parser.add_argument
-    add("--epochs", type=_positive, default=40, help="passes over the training images (default: %(default)s)")
-    add("--k", type=_positive, default=16, help="number of tangents (default: %(default)s, what learning rates were tuned for)")
+    add("--epochs", type=positive, default=40, help="passes over the training images (default: %(default)s)")
+    add("--k", type=positive, default=16, help="number of tangents (default: %(default)s, what learning rates were tuned for)")
     add("--seed", type=int, default=0, help="of weights, batches and tangents (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu or cuda (default: a GPU, where this build has kernels for it)")
-    add("--threads", type=_positive, help="CPU threads (default: as many as PyTorch takes)")
+    add("--threads", type=positive, help="CPU threads (default: as many as PyTorch takes)")
     add("--output", type=Path, default=Path("frog_cuda_demo.png"), help="the figure (default: %(default)s)")
 
 
@@ -216,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
         UsageError: the device cannot be used, or there is no folder for the figure.
     """
     started = time.perf_counter()
-    tqdm = require(*PACKAGES)[-1]
+    tqdm = require(*PACKAGES, extra="demo")[-1]
     from .plots import loss_curves
 
     device = choose_device(args.device, torch.cuda.is_available(), bool(build_info()["cuda"]))
@@ -277,13 +278,3 @@ def _describe(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()
     return f"the CPU, {count} thread{'s' * (count > 1)}"
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from . import require
 
 if TYPE_CHECKING:
     from .demo import Run
+    from .results import Row
 
-__all__ = ["loss_curves"]
+__all__ = ["approximation_figures", "loss_curves"]
 
 # From dark to light, and each with a dash and a marker of its own, so that the lines can be told apart in grey
 STYLES: list[dict[str, Any]] = [
@@ -49,3 +51,84 @@ def loss_curves(runs: Sequence[Run], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, format="png")
+
+
+MARKERS = "osD^vP"
+
+
+def shades(count: int) -> list[str]:
+    """So many colours from dark to light. Of cividis, without its light end: the order survives grey and colour blindness."""
+    (matplotlib,) = require("matplotlib")
+    colours = matplotlib.colormaps["cividis"]
+    return [matplotlib.colors.to_hex(colours(0.85 * i / max(1, count - 1))) for i in range(count)]
+
+
+def plain(panel: Any, title: str, xlabel: str, ylabel: str) -> None:
+    """Labels, light grid and no frame: what all panels share."""
+    panel.set_title(title, fontsize=9)
+    panel.set_xlabel(xlabel, fontsize=9)
+    panel.set_ylabel(ylabel, fontsize=9)
+    panel.tick_params(labelsize=8)
+    panel.grid(True, which="major", linewidth=0.4, color="#d9d9d9")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def powers(axis: Any) -> None:
+    """Ticks at powers of two, every other one where there are many, written as 2^i."""
+    (ticker,) = require("matplotlib.ticker")
+    axis.set_major_locator(ticker.LogLocator(base=2, numticks=9))
+    axis.set_minor_locator(ticker.NullLocator())
+    axis.set_major_formatter(ticker.LogFormatterMathtext(base=2))
+
+
+def approximation_figures(table: Sequence[Row], folder: Path) -> list[Path]:
+    """``cosine.png`` and ``norm_ratio.png`` from the table of ``approximation``: by dimension, a line for each k, closed forms
+    dashed.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    ks = sorted({row["k"] for row in table})[::2]
+    colours = shades(len(ks))
+    drawn = {
+        "cosine": ("cosine to the gradient", {"mean": "mean and sum", "mean, normalised": "mean and sum, normalised tangents"}),
+        "norm_ratio": ("length / length of the gradient", {}),
+    }
+    paths = []
+    for column, (label, titles) in drawn.items():
+        names = [row["approach"] for row in table if row["k"] == ks[0] and row["n"] == table[0]["n"]]
+        names = [name for name in names if column != "cosine" or not name.startswith("sum")]
+        figure, panels = _panels(len(names))
+        for panel, name in zip(panels, names, strict=True):
+            for k, colour, marker in zip(ks, colours, itertools.cycle(MARKERS)):
+                rows = [row for row in table if row["approach"] == name and row["k"] == k]
+                n = [row["n"] for row in rows]
+                look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.2, "label": f"k = {k}"}
+                panel.plot(n, [row[column] for row in rows], **look)
+                panel.plot(
+                    n, [row[f"{column}_closed_form"] for row in rows], **DASHED, label="closed form" if k == ks[-1] else None
+                )
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            powers(panel.xaxis)
+            plain(panel, titles.get(name, name), "dimensions n", label if panel in panels[::3] else "")
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=len(ks) + 1, fontsize=8, frameon=False)
+        paths.append(folder / f"{column}.png")
+        figure.savefig(paths[-1], format="png")
+    return paths
+
+
+#: closed forms, above the lines that they are compared with
+DASHED: dict[str, Any] = {"color": "#d62728", "linestyle": (0, (3, 3)), "linewidth": 0.8, "zorder": 5}
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure with so many panels, three in a row; what is left over is blank."""
+    (figures,) = require("matplotlib.figure")
+    rows = -(-count // 3)
+    figure = figures.Figure(figsize=(9, 0.4 + 2.9 * rows), dpi=150, layout="constrained")
+    panels = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    return figure, panels[:count]

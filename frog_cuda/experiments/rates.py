@@ -1,0 +1,85 @@
+"""Tables of learning rates: what ``lr-search`` writes and ``--lr-table`` reads.
+
+A table is JSON, ``{experiment: {case: learning rate}}``. The experiment is the command that uses it, such as ``"functions"``;
+the case is a text by which that command knows one of its runs, such as ``"sphere n=64 orthogonal k=4"``. Commands read only
+their own part, so one file serves all. The package ships ``learning_rates.json``, searched for this package.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import UsageError
+from .results import replace
+
+__all__ = ["SHIPPED", "RateTable"]
+
+#: the table that is used where none is given
+SHIPPED = Path(__file__).with_name("learning_rates.json")
+
+
+class RateTable:
+    """Learning rates by experiment and case.
+
+    Arguments:
+        rates: ``{experiment: {case: learning rate}}``.
+        source: what error messages call it.
+    Raises:
+        UsageError: something else than finite numbers > 0.
+    """
+
+    def __init__(self, rates: Mapping[str, Mapping[str, float]], source: str = "the table of learning rates") -> None:
+        self.source = source
+        self.rates: dict[str, dict[str, float]] = {}
+        for experiment, cases in rates.items():
+            if not isinstance(cases, Mapping):
+                raise UsageError(f"{source}: {experiment!r} holds a {type(cases).__name__}; expected {{case: learning rate}}")
+            for case, rate in cases.items():
+                if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (math.isfinite(rate) and rate > 0):
+                    raise UsageError(f"{source}: the rate of {experiment!r}, {case!r} is {rate!r}; expected a number > 0")
+            self.rates[experiment] = {case: float(rate) for case, rate in cases.items()}
+
+    @classmethod
+    def read(cls, path: Path | None = None) -> RateTable:
+        """The table in a file, None: the one that is shipped.
+
+        Raises:
+            UsageError: no such file, or not such a table.
+        """
+        source = SHIPPED if path is None else path
+        try:
+            content = json.loads(source.read_text())
+        except OSError as error:
+            raise UsageError(f"--lr-table {str(source)!r} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise UsageError(f"--lr-table {str(source)!r} is not JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise UsageError(
+                f"--lr-table {str(source)!r} holds a {type(content).__name__}; expected {{experiment: {{case: rate}}}}"
+            )
+        return cls(content, f"--lr-table {str(source)!r}")
+
+    def rate(self, experiment: str, case: str) -> float:
+        """The learning rate of a case.
+
+        Raises:
+            UsageError: the table has none.
+        """
+        cases = self.rates.get(experiment, {})
+        if case not in cases:
+            raise UsageError(
+                f"{self.source} has no rate for {experiment!r}, {case!r}; it has {len(cases)} cases of {experiment!r}"
+            )
+        return cases[case]
+
+    def set(self, experiment: str, case: str, rate: float) -> None:
+        """Adds or changes a rate."""
+        checked = RateTable({experiment: {case: rate}}, self.source)
+        self.rates.setdefault(experiment, {}).update(checked.rates[experiment])
+
+    def write(self, path: Path) -> None:
+        """Writes the table, sorted, whole or not at all."""
+        replace(path, json.dumps(self.rates, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,111 @@
+"""Results of an experiment on disk: one table as CSV and, with all that is needed to repeat it, as JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from . import UsageError
+
+__all__ = ["Results", "replace"]
+
+Row = dict[str, Any]
+
+
+class Results:
+    """A table that grows, and is on disk as a whole after each addition.
+
+    ``<name>.csv`` has one line for each row. ``<name>.json`` holds ``command``, ``settings``, ``versions``, ``seconds`` (of all
+    parts together), ``complete`` and the ``rows``. Numbers that are NaN or infinite are empty in one and null in the other.
+
+    Arguments:
+        folder: made where it does not exist.
+        name: of the files.
+        command: the command line.
+        settings: all that the results depend on.
+        resume: go on with the files in ``folder``, if there are any; otherwise they are replaced by the first addition.
+    Raises:
+        UsageError: ``resume``, but the files were made with other settings or cannot be read; the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, name: str, *, command: str, settings: Mapping[str, Any], resume: bool = False) -> None:
+        self.folder, self.name, self.command = folder, name, command
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as it will be read again: no tuples
+        self.rows: list[Row] = []
+        self.complete = False
+        self._seconds, self._began = 0.0, time.perf_counter()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output {str(folder)!r} cannot be made: {error.strerror}") from error
+        if resume and self.path("json").exists():
+            self._read()
+
+    def path(self, ending: str) -> Path:
+        return self.folder / f"{self.name}.{ending}"
+
+    def _read(self) -> None:
+        path = self.path("json")
+        try:
+            found = json.loads(path.read_text())
+            settings, self.rows, self._seconds = found["settings"], list(found["rows"]), float(found["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"--resume: {path} is not a file of results: {error}") from error
+        if settings != self.settings:
+            other = sorted(k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k))
+            differences = ", ".join(f"{k} was {settings.get(k)!r} and is {self.settings.get(k)!r}" for k in other)
+            raise UsageError(f"--resume: {path} was made with other settings: {differences}")
+
+    def has(self, **key: Any) -> bool:
+        """Whether there are rows with these values."""
+        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+
+    def add(self, rows: Sequence[Row], *, complete: bool = False) -> None:
+        """Appends rows, all with the same columns, and writes both files."""
+        self.rows += [{name: _finite(value) for name, value in row.items()} for row in rows]
+        self.complete = complete
+        content = {
+            "experiment": self.name,
+            "command": self.command,
+            "settings": self.settings,
+            "versions": {"frog_cuda": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "threads": torch.get_num_threads(),
+            "seconds": round(self._seconds + time.perf_counter() - self._began, 1),
+            "complete": complete,
+        }
+        head = json.dumps(content, indent=1)[:-2]
+        body = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in self.rows)  # one row a line, for diffs
+        replace(self.path("json"), f'{head},\n "rows": [\n{body}\n ]\n}}\n')
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(self.rows[0]) if self.rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        replace(self.path("csv"), table.getvalue())
+
+    def where(self, figures: Sequence[Path]) -> str:
+        """A line that says where everything is."""
+        return f"Results: {self.path('csv')}, {self.path('json')}. Figures: {', '.join(map(str, figures))}."
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _finite(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None

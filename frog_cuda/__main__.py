@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import __version__, build_info
-from .experiments import MissingPackages, UsageError, approximation, demo, missing
+from .experiments import MissingPackages, UsageError, approximation, demo, missing, train
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Command:
 
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -35,6 +35,9 @@ COMMANDS = {
         "how close estimates come to the gradient, by number of tangents and dimensions (section 4.1 of the paper)",
         approximation.add_arguments,
         approximation.run,
+    ),
+    "train": Command(
+        "train networks on images with and without backprop (sections 4.4 and 4.5 of the paper)", train.add_arguments, train.run
     ),
     "info": Command("versions, compiler and kernels of this installation", lambda parser: None, _info),
 }
@@ -69,13 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         top.print_help()
         return 0
     try:
-        COMMANDS[args.command].run(args)
+        return COMMANDS[args.command].run(args) or 0
     except UsageError as error:
         top.error(str(error))
     except MissingPackages as error:
         print(f"python -m frog_cuda {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

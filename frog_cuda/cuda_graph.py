@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._deferred import Condition, deferred
-from .tangents import Distribution, StandardBasis, Supplied, VaryingLength
+from .tangents import Distribution, Guided, StandardBasis, Supplied, VaryingLength
 from .weight import inputs_of
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def check(distribution: Distribution, device: torch.device, k: int, chunk_size: 
     """Raises where a step cannot be a graph."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graph: the model's parameters are on {device}; a CUDA graph needs them on a GPU")
+    if isinstance(distribution, Guided):
+        raise ValueError("cuda_graph: Guided tangents hold other vectors in every step; a graph would keep the first ones")
     if isinstance(distribution, (StandardBasis, Supplied, VaryingLength)):
         raise ValueError(
             f"cuda_graph: {type(distribution).__name__} tangents are made anew on the CPU in every step; accepted are normal, "

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -254,6 +254,68 @@ class LowRank(Distribution):
 
     def energy(self, k: int, n: int) -> float:
         raise ValueError("LowRank: no closed-form length correction, because it depends on the gradient's own rank")
+
+
+@dataclass(frozen=True, eq=False)
+class Guided(Distribution):
+    """k random tangents, and beside them directions that are likely to hold much of the gradient: the last estimates, momentum,
+    or any other vectors. P_U, the projection onto the span of all of them, is exact whatever their angles.
+
+    In a step, k plus as many tangents are propagated as there are vectors: none of ``previous`` in the first step. Each counts
+    as one of ``directional_derivatives``, after the random ones: first the last estimates, the newest one leading, then
+    ``vectors``. They are scaled to the length of a random tangent. A vector of zeros is left out; one that depends on the
+    others is dropped by the projection.
+
+    Random tangents are drawn inside the kernels and stored ones are not, so that weight perturbation runs them in separate
+    passes: one more primal pass in each step. The memory is that of ``previous`` + 1 estimates and of a copy of ``vectors``,
+    each as large as the parameters, and during their pass once more that of the vectors. ``chunk_size`` changes roundings of
+    theirs.
+
+    For weight perturbation and :func:`frog_cuda.forward_gradient`, with ``aggregate="orthogonal"`` or a callable: chosen
+    directions would bias a mean.
+
+    Arguments:
+        previous: how many of the last estimates; :class:`frog_cuda.ForwardGradient` remembers them, a function has no memory.
+        vectors: read at every step, so that a buffer that changes in place counts with its present values. A mapping
+            ``{name: tensor}`` with a parameter's shape, or ``(m, *shape)`` for m vectors; parameters without a name in it have
+            zeros there. Or a tensor ``(n,)`` or ``(m, n)``; for a single perturbed tensor ``(*shape)`` or ``(m, *shape)``, too.
+            Or a callable without arguments that returns one of these, or None where there are no vectors yet.
+        base: distribution of the random tangents: ``"normal"`` or ``"rademacher"``.
+    Raises:
+        TypeError, ValueError: an argument is not accepted, or neither ``previous`` nor ``vectors`` is given.
+
+    >>> import frog_cuda as frog
+    >>> x = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    >>> guess = Guided(vectors=2 * x)  # the very gradient
+    >>> _, estimate = frog.forward_gradient(lambda x: (x**2).sum(), x, k=1, tangents=guess)
+    >>> torch.allclose(estimate, 2 * x)
+    True
+    """
+
+    previous: int = 0
+    vectors: Tensor | Mapping[str, Tensor] | Callable[[], Any] | None = field(default=None, kw_only=True, repr=False)
+    base: str = field(default="normal", kw_only=True)
+    uniform_span: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.previous != 0 or isinstance(self.previous, bool):
+            check_count("previous", self.previous)
+        if self.vectors is None:
+            if not self.previous:
+                raise ValueError("Guided: previous is 0 and vectors is None; expected one of them at least")
+        elif not (isinstance(self.vectors, (Tensor, Mapping)) or callable(self.vectors)):
+            raise TypeError(
+                f"Guided: vectors is of type {type(self.vectors).__name__}; accepted are a tensor, a mapping of tensors and a "
+                "callable that returns one"
+            )
+        if self.base not in ("normal", "rademacher"):
+            raise ValueError(f"Guided: base is {self.base!r}; accepted are 'normal' and 'rademacher'")
+
+    def second_moment(self, n: int) -> float:
+        raise ValueError("Guided: the second moment of chosen vectors is not known")
+
+    def energy(self, k: int, n: int) -> float:
+        raise ValueError("Guided: no closed-form length correction, because it depends on the chosen vectors")
 
 
 def random_words(seed: int, step: int, count: int, stream: int) -> np.ndarray:

@@ -16,9 +16,10 @@ from . import cuda_graph as graphs
 from . import tangents as distributions
 from ._checks import check_count, check_seed, check_step, flat
 from .activity import ActivityPerturbation
-from .aggregate import Aggregate, scaling_correction
+from .aggregate import Aggregate, Orthogonal, scaling_correction
 from .dual import DualTensor
 from .estimate import Estimate, check_loss, read_loss, solve
+from .guides import Memory
 from .layers import activity_groups, select
 from .share import ALONE, Share
 from .tangents import Piece, TangentSet
@@ -104,18 +105,24 @@ class ForwardGradient:
         self.tangent_dtype, self.scaling_correction = tangent_dtype, scaling_correction
         self.seed, self.step = check_seed(seed), 0
         self.last: Estimate | None = None
-        if scaling_correction:
-            _check_correction(self.aggregate, self.distribution)
+        _check_together(self.aggregate, self.distribution, scaling_correction)
         self._method: WeightPerturbation | ActivityPerturbation
         if perturb == "weight":
             self._method = WeightPerturbation(model, None if layers is None else select(model, layers))
             self.distribution.check(self.k, self._method.total)
         elif perturb == "activity":
+            if isinstance(self.distribution, distributions.Guided):
+                raise ValueError(
+                    "tangents: Guided is for perturb='weight'; estimates for activities belong to the samples of one batch and "
+                    "tell nothing about the next"
+                )
             if isinstance(self.distribution, distributions.LowRank):
                 raise ValueError("tangents: LowRank is for perturb='weight'; tangents of activities are no matrices")
             self._method = ActivityPerturbation(model, activity_groups(model, layers), shared_across_batch, per_sample)
         else:
             raise ValueError(f"perturb is {perturb!r}; accepted are 'activity' and 'weight'")
+        previous = self.distribution.previous if isinstance(self.distribution, distributions.Guided) else 0
+        self._memory = Memory(previous) if previous else None
         self._tangents: TangentSet | None = None
         self._inputs: Inputs = ((), {})
         self._graphs: graphs.GraphedSteps | None = None
@@ -170,6 +177,10 @@ class ForwardGradient:
 
     def _took(self, tangents: TangentSet, inputs: Inputs, estimate: Estimate) -> None:
         """Makes ``estimate`` the latest and counts the step."""
+        if self._memory is not None:
+            computed = self._gradients_of(tangents, estimate, inputs)
+            self._memory.take(computed)
+            estimate.computed = computed
         self._tangents, self._inputs, self.last = tangents, inputs, estimate
         self.step += 1
 
@@ -177,7 +188,8 @@ class ForwardGradient:
         """The tangents of the present step."""
         if isinstance(self._method, ActivityPerturbation):
             return self._method.tangent_set(self.distribution, self.k, self.seed, self.step, inputs)
-        return self._method.tangent_set(self.distribution, self.k, self.seed, self.step)
+        remembered = None if self._memory is None else self._memory.guides
+        return self._method.tangent_set(self.distribution, self.k, self.seed, self.step, remembered)
 
     def gradients(self) -> dict[str, Tensor]:
         """The estimate of the latest call by parameter name. Parameters that did not take part are missing.
@@ -221,19 +233,24 @@ class ForwardGradient:
             raise RuntimeError(f"{what}: no gradient was estimated yet; call the object with input and target first")
         return self.last, self._tangents
 
-    def state_dict(self) -> dict[str, int]:
-        """Seed and step: with them, a resumed run repeats the uninterrupted one bit for bit."""
-        return {"seed": self.seed, "step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """Seed and step, and the estimates that ``tangents.Guided(previous)`` remembers: with them, a resumed run repeats the
+        uninterrupted one bit for bit."""
+        state: dict[str, Any] = {"seed": self.seed, "step": self.step}
+        return state if self._memory is None else state | {"previous": self._memory.state()}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where :meth:`state_dict` was taken.
 
         Raises:
-            TypeError, ValueError: seed or step are missing or not accepted.
+            TypeError, ValueError: something is missing or not accepted; nothing is changed then.
         """
-        if set(state) != {"seed", "step"}:
-            raise ValueError(f"load_state_dict: state has keys {sorted(state)}; expected 'seed' and 'step'")
+        expected = ["seed", "step"] if self._memory is None else ["previous", "seed", "step"]
+        if sorted(state) != expected:
+            raise ValueError(f"load_state_dict: state has keys {sorted(state)}; expected {expected}")
         seed, step = check_seed(state["seed"]), check_step(state["step"])
+        if self._memory is not None:
+            self._memory.load(state["previous"], self._method.parameters)
         self.seed, self.step = seed, step
 
 
@@ -276,8 +293,7 @@ def forward_gradient(
     k, n, how = check_count("k", k), x.numel(), aggregations.resolve(aggregate)
     piece = Piece("x", tuple(x.shape), 0)
     distribution = distributions.resolve(tangents)
-    if scaling_correction:
-        _check_correction(how, distribution)
+    _check_together(how, distribution, scaling_correction)
     drawn = TangentSet(distribution, k, check_seed(seed), check_step(step), x.device, n, [piece])
     base = drawn.draw(piece, x.dtype)
     if simulate:
@@ -317,8 +333,16 @@ def _backprop(fn: Callable[[Tensor], Any], x: Tensor, base: Tensor) -> tuple[Ten
     return value.detach(), flat(base) @ gradient.flatten()
 
 
-def _check_correction(how: Any, distribution: distributions.Distribution) -> None:
-    """Raises now, not in the first step, where the length correction has no closed form."""
+def _check_together(how: Any, distribution: distributions.Distribution, correct_length: bool) -> None:
+    """Raises now, not in the first step, where the aggregation does not suit the tangents or the length correction has no
+    closed form."""
+    if isinstance(distribution, distributions.Guided) and isinstance(how, Aggregate) and not isinstance(how, Orthogonal):
+        raise ValueError(
+            f"aggregate is {type(how).__name__}; Guided tangents go with 'orthogonal' or a callable, because chosen directions "
+            "bias what does not heed their angles"
+        )
+    if not correct_length:
+        return
     if not isinstance(how, Aggregate):
         raise ValueError("scaling_correction: no closed form for a custom aggregation")
     scaling_correction(how, distribution, 1, 2)

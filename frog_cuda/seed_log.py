@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .distributions import Distribution, LowRank, StandardBasis, Supplied
+from .distributions import Distribution, Guided, LowRank, StandardBasis, Supplied
 from .forward_gradient import ForwardGradient
 from .tangents import Piece, TangentSet, resolve
 from .weight import WeightPerturbation
@@ -51,8 +51,8 @@ class SeedLog:
         fg: with ``perturb="weight"`` and tangents that are drawn, not supplied. Its parameters are taken as the initial weights
             of a new log.
     Raises:
-        ValueError: activities are perturbed, tangents are supplied, or the file there is no log, is damaged, or belongs to
-            other parameters, another k or other tangents; the message says which.
+        ValueError: activities are perturbed, tangents are supplied or guided, or the file there is no log, is damaged, or
+            belongs to other parameters, another k or other tangents; the message says which.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/run.seeds"
@@ -75,6 +75,8 @@ class SeedLog:
             raise ValueError("SeedLog: only for perturb='weight'; gradients of perturbed activities are not replayed")
         if isinstance(fg.distribution, Supplied):
             raise ValueError("SeedLog: supplied tangents cannot be replayed from a seed")
+        if isinstance(fg.distribution, Guided):
+            raise ValueError("SeedLog: the vectors of Guided tangents cannot be replayed from a seed")
         self.fg, self._method, self.path = fg, method, Path(path)
         self._names: list[str] | None = None  # of the parameters that take part, once known
         header = {

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ._checks import check_count, check_seed, check_step, flat
 from .distributions import (
     Cone,
     Distribution,
+    Guided,
     LowRank,
     Normal,
     Orthonormal,
@@ -29,11 +30,13 @@ from .distributions import (
     VaryingLength,
     random_words,
 )
+from .guides import Guide, Piece, read_vectors
 from .low_rank import Factors, factored
 
 __all__ = [
     "Cone",
     "Distribution",
+    "Guided",
     "LowRank",
     "Normal",
     "Orthonormal",
@@ -46,6 +49,9 @@ __all__ = [
     "sample",
 ]
 
+
+#: elements of a piece whose tangents are stored at a time for the Gram matrix with guides
+_BLOCK = 1 << 16
 
 _NAMES: dict[str, Callable[[], Distribution]] = {
     "normal": Normal,
@@ -69,7 +75,10 @@ def resolve(spec: Any) -> Distribution:
     if isinstance(spec, str):
         if spec in _NAMES:
             return _NAMES[spec]()
-        more = "; cones need their angle: frog_cuda.tangents.Cone(angle)" if spec == "cone" else ""
+        more = {
+            "cone": "; cones need their angle: frog_cuda.tangents.Cone(angle)",
+            "guided": "; guided tangents need what guides them: frog_cuda.tangents.Guided(previous)",
+        }.get(spec, "")
         raise ValueError(f"tangents is {spec!r}; accepted names are {', '.join(_NAMES)}{more}")
     if isinstance(spec, type) and issubclass(spec, Distribution):
         raise TypeError(f"tangents is the class {spec.__name__}; expected an object: {spec.__name__}(...)")
@@ -81,27 +90,19 @@ def resolve(spec: Any) -> Distribution:
     )
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of the global tangent vector: one parameter, or the output of one layer."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
 class TangentSet:
     """The k tangents of one step over a vector of n elements, piece by piece. *Base* tangents, see the module's head.
 
     Arguments:
         distribution, k, seed, step: what is drawn.
         device: where.
-        n: length of the whole vector; only :class:`StandardBasis` and :class:`Supplied` callables must know it beforehand.
-        pieces: the pieces by name; only :class:`Supplied` needs them.
+        n: length of the whole vector; only :class:`StandardBasis`, :class:`Guided` and :class:`Supplied` callables must know it
+            beforehand.
+        pieces: the pieces by name; only :class:`Guided` and :class:`Supplied` need them.
+        remembered: for :class:`Guided` with ``previous``, the estimates so far.
+    Attributes:
+        drawn: how many of the tangents are drawn; after them come the ``guides``.
+        k: of all tangents.
     """
 
     def __init__(
@@ -113,11 +114,21 @@ class TangentSet:
         device: torch.device,
         n: int | None = None,
         pieces: list[Piece] | None = None,
+        remembered: Sequence[Guide] | None = None,
     ) -> None:
-        self.distribution, self.k, self.seed, self.step, self.device = distribution, k, seed, step, device
+        self.distribution, self.drawn, self.seed, self.step, self.device = distribution, k, seed, step, device
         self.stored: dict[str, Tensor] | None = None
+        self.guides: list[Guide] = []
         if n is not None:
             distribution.check(k, n)
+        if isinstance(distribution, Guided):
+            assert n is not None and pieces is not None
+            if distribution.previous and remembered is None:
+                raise ValueError(
+                    "tangents: Guided(previous=...) needs estimates that ForwardGradient remembers; here only vectors= guide"
+                )
+            self.guides = [*(remembered or ()), *read_vectors(distribution.vectors, pieces, n, device)]
+        self.k = k + len(self.guides)
         if isinstance(distribution, Supplied):
             assert n is not None and pieces is not None
             self.stored = _supplied(distribution.source, k, n, pieces, seed, step, device)
@@ -127,6 +138,15 @@ class TangentSet:
         else:
             self.state = torch.tensor([seed, step], dtype=torch.int64, device=device)
 
+    def passes(self, begin: int, count: int, chunk_size: int | None) -> tuple[list[range], list[range]]:
+        """Tangents ``begin .. begin + count`` of those that are drawn, and all guides, in chunks of at most ``chunk_size``."""
+
+        def chunks(begin: int, end: int) -> Iterator[range]:
+            size = chunk_size or max(1, end - begin)
+            return (range(first, min(first + size, end)) for first in range(begin, end, size))
+
+        return list(chunks(begin, begin + count)), list(chunks(self.drawn, self.k))
+
     def draw(self, piece: Piece, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor:
         """Tangents ``first .. first + count`` of a piece, stored: (count, *shape)."""
         count = self.k - first if count is None else count
@@ -135,16 +155,21 @@ class TangentSet:
         factors = self.factors(piece, dtype, first, count)
         if factors is not None:
             return factors.dense()
-        drawn = ops.sample_tangents(
-            self.state,
-            count,
-            piece.numel,
-            offset=piece.offset,
-            first=first,
-            distribution=self.distribution.base,
-            dtype=dtype,
-        )
-        return drawn.view(count, *piece.shape)
+        return self._rows(piece, dtype, first, count, 0, piece.numel).view(count, *piece.shape)
+
+    def _rows(self, piece: Piece, dtype: torch.dtype, first: int, count: int, start: int, numel: int) -> Tensor:
+        """Elements ``start .. start + numel`` of a piece in tangents ``first .. first + count``: (count, numel)."""
+        random = max(0, min(count, self.drawn - first))
+        rows = []
+        if random or not count:
+            offset, base = piece.offset + start, self.distribution.base
+            rows.append(
+                ops.sample_tangents(self.state, random, numel, offset=offset, first=first, distribution=base, dtype=dtype)
+            )
+        guides = self.guides[first + random - self.drawn : first + count - self.drawn] if count > random else []
+        if guides:
+            rows.append(torch.stack([g.scaled(piece, start, numel, dtype) for g in guides]))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def factors(self, piece: Piece, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Factors | None:
         """The same by their factors, where a piece is drawn so: :class:`LowRank` and a matrix."""
@@ -165,6 +190,11 @@ class TangentSet:
         factors = self.factors(piece, torch.float32)  # exact: elements are drawn in float32
         if factors is not None:
             return factors.gram()
+        if self.guides:
+            dtype = _at_least_float32(*(part.dtype for g in self.guides for part in g.parts.values()))
+            blocks = range(0, piece.numel, _BLOCK)
+            rows = (self._rows(piece, dtype, 0, self.k, start, min(_BLOCK, piece.numel - start)) for start in blocks)
+            return sum((ops.gram(r) for r in rows), torch.zeros(self.k, self.k, dtype=torch.float64, device=self.device))
         return ops.tangent_gram(self.state, self.k, piece.numel, offset=piece.offset, distribution=self.distribution.base)
 
     def combine(self, piece: Piece, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
@@ -178,17 +208,19 @@ class TangentSet:
             return factors.combine(coefficients).to(dtype)
         combined = ops.tangent_combine(
             self.state,
-            coefficients,
+            coefficients[: self.drawn],
             piece.numel,
             offset=piece.offset,
             distribution=self.distribution.base,
-            dtype=dtype,
+            dtype=_at_least_float32(dtype) if self.guides else dtype,
         )
-        return combined.view(piece.shape)
+        for guide, c in zip(self.guides, coefficients[self.drawn :], strict=True):
+            guide.add_to(combined, piece, c)
+        return combined.view(piece.shape).to(dtype)
 
     def axpy_(self, target: Tensor, piece: Piece, coefficients: Tensor, alpha: float) -> None:
         """``target += alpha * Z c`` in place."""
-        if self.stored is not None:
+        if self.stored is not None or self.guides:
             target.add_(self.combine(piece, coefficients, target.dtype), alpha=alpha)
             return
         factors = self.factors(piece, _at_least_float32(target.dtype))
@@ -205,8 +237,8 @@ class TangentSet:
         )
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def sample(
@@ -225,7 +257,7 @@ def sample(
         spec: anything that ``tangents=`` accepts, see :func:`resolve`.
         seed, step: the tangents are a pure function of both.
     Returns:
-        ``(k, n)``, row i is tangent i.
+        ``(k, n)``, row i is tangent i; of :class:`Guided`, its vectors come after the k random ones.
     Raises:
         TypeError: k, n, seed or step is no integer, dtype is no floating point dtype, or ``spec`` is nothing that is accepted.
         ValueError: k < 1, n < 1, seed or step out of range, unknown name, supplied tangents that do not fit, or k tangents of

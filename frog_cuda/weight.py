@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from .aggregate import Aggregate, Custom
 from .dual import DualTensor, SampledTangents
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
+from .guides import Guide
 from .layers import parameters_of
 from .share import ALONE, Share
 from .tangents import Distribution, Piece, TangentSet
@@ -26,7 +27,7 @@ class WeightPerturbation:
     """Tangents over all trainable parameters, drawn inside the layers' kernels and replayed for the estimate.
 
     Memory beyond one primal pass with k tangents of its activations: nothing that grows with the parameters, except where a
-    layer has no fused rule (its own tangents, while it runs) and for supplied tangents.
+    layer has no fused rule (its own tangents, while it runs), for supplied tangents and for vectors that guide.
     """
 
     def __init__(self, model: nn.Module, wanted: Any) -> None:
@@ -43,8 +44,10 @@ class WeightPerturbation:
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
-    def tangent_set(self, distribution: Distribution, k: int, seed: int, step: int) -> TangentSet:
-        return TangentSet(distribution, k, seed, step, self.device, self.total, self.pieces)
+    def tangent_set(
+        self, distribution: Distribution, k: int, seed: int, step: int, remembered: Sequence[Guide] | None = None
+    ) -> TangentSet:
+        return TangentSet(distribution, k, seed, step, self.device, self.total, self.pieces, remembered)
 
     def derivatives(
         self,
@@ -59,42 +62,39 @@ class WeightPerturbation:
         tangent_dtype: torch.dtype | None,
         share: Share = ALONE,
     ) -> Estimate:
-        """One forward pass per chunk of this share's tangents. Fills ``used``: the pieces that took part."""
-        k = tangents.k
-        begin, mine = share.span(k)
-        size = mine if chunk_size is None else min(chunk_size, mine)
-        starts = range(begin, begin + mine, size)
+        """One forward pass per chunk of this share's tangents, and of all guides. Fills ``used``: the pieces that took part."""
+        drawn, guided = tangents.passes(*share.span(tangents.drawn), chunk_size)
+        passes = [*drawn, *guided]
         wants_gram = tangents.distribution.mixed or (isinstance(aggregate, Aggregate) and aggregate.needs_gram)
-        grams: dict[int, Callable[[], Tensor]] | None = {} if wants_gram else None
+        grams: dict[int, Callable[[], Tensor]] | None = {} if wants_gram and not guided else None
         touched: set[int] = set()
         columns: list[Tensor] = []
         loss = torch.empty(0)
-        numbers = RandomNumbers(self.parameters.values()) if len(starts) > 1 else None
+        numbers = RandomNumbers(self.parameters.values()) if len(passes) > 1 else None
         with torch.no_grad():
-            for first in starts:
+            for chunk in passes:
                 if numbers is not None:
                     numbers.rewind()
-                count = min(size, begin + mine - first)
                 state: dict[str, Any] = {
-                    piece.name: self._dual(tangents, piece, first, count, grams, touched, tangent_dtype)
-                    for piece in self.pieces
+                    piece.name: self._dual(tangents, piece, chunk, grams, touched, tangent_dtype) for piece in self.pieces
                 }
-                if first != starts[-1]:  # running statistics move once a step, with the last chunk
+                if chunk is not passes[-1]:  # running statistics move once a step, with the last chunk
                     state |= copied_buffers(self.model)
                 output = functional_call(self.model, state, *inputs)
                 value, moved = read_loss(loss_fn(output, target))
                 loss = value.mean()
-                columns.append(moved.reshape(count, -1).double().mean(1).to(moved.dtype))
+                columns.append(moved.reshape(len(chunk), -1).double().mean(1).to(moved.dtype))
         self.used = [p for p in self.pieces if tangents.stored is not None or p.offset in touched]
 
-        loss, derivatives = share.average(loss, share.gather(torch.cat(columns), loss, k))
+        gathered = share.gather(torch.cat(columns[: len(drawn)]), loss, tangents.drawn)
+        loss, derivatives = share.average(loss, torch.cat([gathered, *columns[len(drawn) :]]))
         assert derivatives is not None
 
         def gram_of(piece: Piece) -> Tensor:
             return grams[piece.offset]() if grams and piece.offset in grams else tangents.gram(piece)
 
         def gram() -> Tensor:
-            if tangents.stored is not None:  # of any magnitude, and held by every process
+            if tangents.stored is not None or guided:  # of any magnitude, and held by every process
                 return torch.stack([tangents.gram(p) for p in self.used]).sum(0)
             # Where the step does not need it, one process alone may ask for it
             return (share if wants_gram else ALONE).gram(self.used, gram_of)
@@ -109,14 +109,13 @@ class WeightPerturbation:
         self,
         tangents: TangentSet,
         piece: Piece,
-        first: int,
-        count: int,
+        chunk: range,
         grams: dict[int, Callable[[], Tensor]] | None,
         touched: set[int],
         tangent_dtype: torch.dtype | None,
     ) -> DualTensor:
-        p = self.parameters[piece.name]
-        if tangents.stored is not None:
+        p, first, count = self.parameters[piece.name], chunk.start, len(chunk)
+        if tangents.stored is not None or first >= tangents.drawn:
             return DualTensor(p, tangents.draw(piece, tangent_dtype or p.dtype, first, count))
         factors = tangents.factors(piece, tangent_dtype or p.dtype, first, count)
         if factors is not None:
@@ -135,7 +134,9 @@ class WeightPerturbation:
         for piece in self.used:
             dtype = self.parameters[piece.name].dtype
             wanted = only is None or piece in only
-            if wanted and estimate.base_coefficients is not None:
+            if wanted and estimate.computed is not None:
+                yield piece.name, estimate.computed[piece.name].clone()
+            elif wanted and estimate.base_coefficients is not None:
                 yield piece.name, tangents.combine(piece, estimate.base_coefficients, dtype)
             elif wanted:
                 assert estimate.custom is not None
@@ -144,7 +145,7 @@ class WeightPerturbation:
 
     def update_(self, tangents: TangentSet, estimate: Estimate, lr: float, only: Collection[Piece] | None = None) -> None:
         """``p -= lr * estimate`` in place, of all parameters that took part or only some of them."""
-        if estimate.base_coefficients is None:
+        if estimate.base_coefficients is None or estimate.computed is not None:
             for name, g in self.gradients(tangents, estimate, only):
                 self.parameters[name].detach().sub_(g, alpha=lr)
             return

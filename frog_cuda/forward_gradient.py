@@ -5,7 +5,7 @@ Flügel et al., "Beyond Backpropagation: Optimization with Multi-Tangent Forward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -209,10 +209,13 @@ class ForwardGradient:
 
     def accumulate_(self) -> None:
         """Adds the estimate of the latest call to ``.grad``."""
-        with torch.no_grad():
-            for name, g in self.gradients().items():
-                p = self._method.parameters[name]
-                p.grad = g if p.grad is None else p.grad.add_(g)
+        self._add_to_grad(self.gradients())
+
+    @torch.no_grad()
+    def _add_to_grad(self, gradients: dict[str, Tensor]) -> None:
+        for name, g in gradients.items():
+            p = self._method.parameters[name]
+            p.grad = g if p.grad is None else p.grad.add_(g)
 
     def update_(self, lr: float) -> None:
         """``p -= lr * estimate`` in place, replaying the tangents of the latest call: a step of SGD without any ``.grad``.
@@ -220,13 +223,16 @@ class ForwardGradient:
         Raises:
             RuntimeError: there was no call yet, or activities are perturbed, whose gradients are not replayed.
         """
+        self._update_(lr, None)
+
+    @torch.no_grad()
+    def _update_(self, lr: float, only: Collection[Piece] | None) -> None:
         estimate, tangents = self._latest("update_")
         if not isinstance(self._method, WeightPerturbation):
             raise RuntimeError("update_: only for perturb='weight'; with activities use .grad and an optimizer")
         if not isinstance(lr, (int, float)):
             raise TypeError(f"update_: lr is of type {type(lr).__name__}; expected a number")
-        with torch.no_grad():
-            self._method.update_(tangents, estimate, float(lr))
+        self._method.update_(tangents, estimate, float(lr), only)
 
     def _latest(self, what: str) -> tuple[Estimate, TangentSet]:
         if self.last is None or self._tangents is None:

@@ -64,6 +64,7 @@ def limbs(grams: Sequence[Tensor]) -> Tensor:
 
 
 def from_limbs(sums: Tensor) -> Tensor:
-    """What :func:`limbs`, or a sum of several, stands for: (k, k) float64."""
-    whole, middle, low = sums
-    return whole + (middle + low / _LIMB) / _LIMB
+    """What :func:`limbs` of symmetric matrices, or a sum of several, stands for: (k, k) float64; reads the lower triangle."""
+    whole, middle, low = sums.tril()
+    lower = whole + (middle + low / _LIMB) / _LIMB
+    return lower + lower.tril(-1).mT

@@ -1,0 +1,111 @@
+"""Checkpoints that a kill at any moment leaves whole, and that say when they are not."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._checks import check_count, check_step
+
+__all__ = ["Checkpoints"]
+
+_MAGIC = b"frog_cuda checkpoint 1\n"
+_NAME = re.compile(r"step-(\d{10})\.ckpt")
+
+
+class Checkpoints:
+    """Numbered checkpoints in a folder.
+
+    A checkpoint is written beside its place, forced to the disk and then renamed, so that a name never stands for a part of
+    it. It carries its SHA-256; one that does not match, such as a truncated one, is passed over and the one before it used.
+    Contents are tensors and plain containers: they are read with ``weights_only=True``, which runs no code from a file.
+
+    One process writes (under :class:`TangentParallel` all hold the same parameters), every one reads.
+
+    Arguments:
+        folder: made where it is not there.
+        keep: how many of the newest stay; at least 2, so that one is left where the last is damaged.
+    Raises:
+        TypeError, ValueError: keep is no integer >= 2.
+
+    >>> import tempfile
+    >>> checkpoints = Checkpoints(tempfile.mkdtemp())
+    >>> checkpoints.load() is None
+    True
+    >>> for step in range(3):
+    ...     _ = checkpoints.save(step, {"weight": torch.full((2,), step), "losses": [0.5] * step})
+    >>> checkpoints.load()
+    (2, {'weight': tensor([2, 2]), 'losses': [0.5, 0.5]})
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2) -> None:
+        self.folder, self.keep = Path(folder), check_count("keep", keep)
+        if self.keep < 2:
+            raise ValueError(f"keep is {keep}; expected an integer >= 2")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, step: int, state: Any) -> Path:
+        """Writes ``state`` under the number ``step``; returns where.
+
+        Removes what is too old, and what has a later number: it was damaged, or belongs to steps that are being taken again.
+
+        Raises:
+            TypeError: ``state`` holds something else than tensors and plain containers, and could not be read again.
+        """
+        path = self.folder / f"step-{check_step(step):010d}.ckpt"
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
+        _read(content, path)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            file.write(_MAGIC + hashlib.sha256(content).digest() + content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name itself
+        finally:
+            os.close(folder)
+        earlier = [s for s in self._steps() if s <= step]
+        for other in set(self._steps()) - set(earlier[: self.keep]):
+            self._path(other).unlink(missing_ok=True)
+        return path
+
+    def load(self) -> tuple[int, Any] | None:
+        """``(step, state)`` of the newest checkpoint that is whole, tensors on the CPU; None where there is none.
+
+        Warns of each damaged one that is passed over.
+        """
+        for step in self._steps():
+            path = self._path(step)
+            head, raw = len(_MAGIC) + 32, path.read_bytes()
+            content = raw[head:]
+            if not raw.startswith(_MAGIC) or hashlib.sha256(content).digest() != raw[len(_MAGIC) : head]:
+                warnings.warn(f"Checkpoints: {path} is damaged ({len(raw)} bytes); the one before it is used", stacklevel=2)
+                continue
+            return step, _read(content, path)
+        return None
+
+    def _steps(self) -> list[int]:
+        """Newest first."""
+        found = (_NAME.fullmatch(p.name) for p in self.folder.iterdir())
+        return sorted((int(m[1]) for m in found if m), reverse=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:010d}.ckpt"
+
+
+def _read(content: bytes, path: Path) -> Any:
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise TypeError(f"Checkpoints: {path.name} holds more than tensors and plain containers ({error})") from error

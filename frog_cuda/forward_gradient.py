@@ -106,10 +106,13 @@ class ForwardGradient:
         self.seed, self.step = check_seed(seed), 0
         self.last: Estimate | None = None
         _check_together(self.aggregate, self.distribution, scaling_correction)
+        self._memory: Memory | None = None
         self._method: WeightPerturbation | ActivityPerturbation
         if perturb == "weight":
             self._method = WeightPerturbation(model, None if layers is None else select(model, layers))
             self.distribution.check(self.k, self._method.total)
+            if isinstance(self.distribution, distributions.Guided) and self.distribution.previous:
+                self._memory = Memory(self.distribution.previous, self._method.pieces)
         elif perturb == "activity":
             if isinstance(self.distribution, distributions.Guided):
                 raise ValueError(
@@ -121,8 +124,6 @@ class ForwardGradient:
             self._method = ActivityPerturbation(model, activity_groups(model, layers), shared_across_batch, per_sample)
         else:
             raise ValueError(f"perturb is {perturb!r}; accepted are 'activity' and 'weight'")
-        previous = self.distribution.previous if isinstance(self.distribution, distributions.Guided) else 0
-        self._memory = Memory(previous) if previous else None
         self._tangents: TangentSet | None = None
         self._inputs: Inputs = ((), {})
         self._graphs: graphs.GraphedSteps | None = None
@@ -178,9 +179,7 @@ class ForwardGradient:
     def _took(self, tangents: TangentSet, inputs: Inputs, estimate: Estimate) -> None:
         """Makes ``estimate`` the latest and counts the step."""
         if self._memory is not None:
-            computed = self._gradients_of(tangents, estimate, inputs)
-            self._memory.take(computed)
-            estimate.computed = computed
+            estimate.computed = self._memory.take(self._gradients_of(tangents, estimate, inputs))
         self._tangents, self._inputs, self.last = tangents, inputs, estimate
         self.step += 1
 
@@ -256,7 +255,7 @@ class ForwardGradient:
             raise ValueError(f"load_state_dict: state has keys {sorted(state)}; expected {expected}")
         seed, step = check_seed(state["seed"]), check_step(state["step"])
         if self._memory is not None:
-            self._memory.load(state["previous"], self._method.parameters)
+            self._memory.load(state["previous"], self._method.device)
         self.seed, self.step = seed, step
 
 

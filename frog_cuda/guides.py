@@ -6,6 +6,7 @@ The better a direction is known to hold the gradient, the more one tangent along
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._checks import is_real
 
 
 @dataclass(frozen=True)
@@ -33,44 +35,45 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Guide:
-    """One stored vector, piece by piece; zero where it has no part. As a tangent it is multiplied by ``scale``.
+    """One stored vector over all that is perturbed. As a tangent it is multiplied by ``scale``.
 
-    Nothing writes into ``parts``, each contiguous and shaped like its piece.
+    Nothing writes into ``vector`` (n,), which is zero where there is nothing to tell.
     """
 
-    parts: dict[str, Tensor]
+    vector: Tensor
     scale: float
 
     @staticmethod
-    def of(name: str, parts: dict[str, Tensor]) -> Guide | None:
-        """Scaled to the length that a random tangent has on these pieces, so that tangents of low precision hold it; None for a
-        vector of zeros.
+    def of(name: str, parts: Mapping[str, Tensor], pieces: list[Piece]) -> Guide | None:
+        """Puts parts together. The scale gives it the length that a random tangent has on these pieces, so that tangents of low
+        precision hold it; None for a vector of zeros.
 
         Raises:
             FloatingPointError: it is not finite.
         """
-        squares = 0.0
-        for piece, part in parts.items():
-            square = float(ops.gram(part.view(1, -1))) if part.numel() else 0.0  # the same bits whatever the threads
-            if not math.isfinite(square):
-                raise FloatingPointError(f"tangents: {name} has NaN, infinite or too large elements at {piece}")
-            squares += square
-        return Guide(parts, math.sqrt(sum(part.numel() for part in parts.values()) / squares)) if squares > 0 else None
+        some = next(iter(parts.values()), None)
+        if some is None:
+            return None
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()))
+        nothing = (torch.zeros(p.numel, dtype=dtype, device=some.device) for p in pieces if p.name not in parts)
+        rows = [parts[p.name].flatten().to(dtype) if p.name in parts else next(nothing) for p in pieces]
+        vector = torch.cat(rows)
+        square = float(ops.gram(vector.unsqueeze(0)))  # the same bits whatever the threads
+        if not math.isfinite(square):
+            bad = next((p.name for p, row in zip(pieces, rows, strict=True) if not row.isfinite().all()), "all pieces together")
+            raise FloatingPointError(f"tangents: {name} has NaN, infinite or too large elements at {bad}")
+        elements = sum(part.numel() for part in parts.values())
+        return Guide(vector, math.sqrt(elements / square)) if square > 0 else None
 
-    def scaled(self, piece: Piece, start: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """Elements ``start .. start + numel`` of a piece, as a tangent: (numel,)."""
-        part = self.parts.get(piece.name)
-        if part is None:
-            device = next(iter(self.parts.values())).device
-            return torch.zeros(numel, dtype=dtype, device=device)
+    def scaled(self, start: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """Elements ``start .. start + numel`` of the tangent: (numel,)."""
         wide = torch.promote_types(dtype, torch.float32)
-        return (part.view(-1)[start : start + numel].to(wide) * self.scale).to(dtype)
+        return (self.vector[start : start + numel].to(wide) * self.scale).to(dtype)
 
     def add_to(self, combined: Tensor, piece: Piece, coefficient: Tensor) -> None:
-        """``combined += coefficient * tangent``; combined (n,), coefficient () float64."""
-        part = self.parts.get(piece.name)
-        if part is not None:
-            combined.addcmul_(part.view(-1).to(combined.dtype), (coefficient * self.scale).to(combined.dtype))
+        """``combined += coefficient * tangent`` on a piece; combined (numel,), coefficient () float64."""
+        part = self.vector[piece.offset : piece.offset + piece.numel]
+        combined.addcmul_(part.to(combined.dtype), (coefficient * self.scale).to(combined.dtype))
 
 
 class Memory:
@@ -78,54 +81,59 @@ class Memory:
 
     Arguments:
         previous: how many.
+        pieces: what is perturbed.
     """
 
-    def __init__(self, previous: int) -> None:
+    def __init__(self, previous: int, pieces: list[Piece]) -> None:
+        self.pieces = pieces
         self.guides: deque[Guide] = deque(maxlen=previous)
 
-    def take(self, estimate: dict[str, Tensor]) -> None:
-        """Remembers an estimate, which nothing may write into any more; one of zeros tells nothing and is left out.
+    def take(self, estimate: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Remembers a copy of an estimate; one of zeros tells nothing and is left out. Returns it: nothing may write into it.
 
         Raises:
             FloatingPointError: it is not finite; nothing is changed then.
         """
-        guide = Guide.of("the gradient estimate", estimate)
-        if guide is not None:
-            self.guides.appendleft(guide)
+        guide = Guide.of("the gradient estimate", estimate, self.pieces)
+        if guide is None:
+            return dict(estimate)
+        self.guides.appendleft(guide)
+        return {name: part.to(estimate[name].dtype) for name, part in self._parts(guide).items() if name in estimate}
 
-    def state(self) -> list[dict[str, Tensor]]:
+    def _parts(self, guide: Guide) -> dict[str, Tensor]:
+        return {p.name: guide.vector[p.offset : p.offset + p.numel].view(p.shape) for p in self.pieces}
+
+    def state(self) -> list[dict[str, Any]]:
         """For :meth:`load`."""
-        return [dict(guide.parts) for guide in self.guides]
+        return [{"scale": guide.scale, "parts": self._parts(guide)} for guide in self.guides]
 
-    def load(self, state: Any, parameters: Mapping[str, Tensor]) -> None:
+    def load(self, state: Any, device: torch.device) -> None:
         """Goes on where :meth:`state` was taken; nothing is changed where it raises.
 
         Raises:
             TypeError, ValueError: of another form, too many estimates, or for other parameters.
         """
-        if not isinstance(state, Sequence) or not all(isinstance(parts, Mapping) for parts in state):
-            raise TypeError("load_state_dict: state['previous'] is no list of mappings of tensors")
+        if not isinstance(state, Sequence) or not all(isinstance(s, Mapping) and set(s) == {"scale", "parts"} for s in state):
+            raise TypeError("load_state_dict: state['previous'] is no list of mappings of 'scale' and 'parts'")
         most = self.guides.maxlen
         if len(state) > (most or 0):
             raise ValueError(f"load_state_dict: state holds {len(state)} previous estimates; expected at most {most}")
         found: deque[Guide] = deque(maxlen=most)
-        for i, parts in enumerate(state):
-            own: dict[str, Tensor] = {}
-            for name, part in parts.items():
-                where = f"load_state_dict: state['previous'][{i}][{name!r}]"
-                p = parameters.get(name)
-                if p is None:
-                    raise ValueError(f"{where} is of no parameter that is perturbed")
-                if not isinstance(part, Tensor):
-                    raise TypeError(f"{where} is of type {type(part).__name__}; expected a tensor")
-                if part.shape != p.shape or part.dtype != p.dtype:
-                    raise ValueError(
-                        f"{where} is {tuple(part.shape)} {part.dtype}; expected {tuple(p.shape)} {p.dtype}, as the parameter is"
-                    )
-                own[name] = part.detach().to(p.device).clone(memory_format=torch.contiguous_format)
-            guide = Guide.of(f"state['previous'][{i}]", own)
+        for i, kept in enumerate(state):
+            where, parts, scale = f"state['previous'][{i}]", kept["parts"], kept["scale"]
+            if not is_real(scale) or not 0 < scale < math.inf:
+                raise ValueError(f"load_state_dict: {where}['scale'] is {scale!r}; expected a number > 0")
+            names = [p.name for p in self.pieces]
+            if not isinstance(parts, Mapping) or sorted(parts) != sorted(names):
+                raise ValueError(f"load_state_dict: {where} is not of the parameters that are perturbed: {', '.join(names)}")
+            for p in self.pieces:
+                part = parts[p.name]
+                if not isinstance(part, Tensor) or part.shape != p.shape or not part.is_floating_point():
+                    what = f"{tuple(part.shape)} {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
+                    raise ValueError(f"load_state_dict: {where}[{p.name!r}] is {what}; expected a floating tensor {p.shape}")
+            guide = Guide.of(where, {name: part.detach().to(device) for name, part in parts.items()}, self.pieces)
             if guide is not None:
-                found.append(guide)
+                found.append(Guide(guide.vector, float(scale)))
         self.guides = found
 
 
@@ -149,13 +157,8 @@ def read_vectors(source: Any, pieces: list[Piece], n: int, device: torch.device)
             f"tangents: vectors is a callable that returned a {type(source).__name__}; expected a tensor, a mapping or None"
         )
     count = max((len(part) for part in parts.values()), default=0)
-    found = []
-    for i in range(count):
-        own = {name: part[i].clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
-        guide = Guide.of(f"vectors[{i}]", own)
-        if guide is not None:
-            found.append(guide)
-    return found
+    guides = (Guide.of(f"vectors[{i}]", {name: part[i] for name, part in parts.items()}, pieces) for i in range(count))
+    return [guide for guide in guides if guide is not None]
 
 
 def _of_mapping(source: Mapping[str, Any], pieces: list[Piece], device: torch.device) -> dict[str, Tensor]:

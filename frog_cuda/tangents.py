@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 
-#: elements of a piece whose tangents are stored at a time for the Gram matrix with guides
+#: elements whose tangents are stored at a time for the Gram matrix with guides
 _BLOCK = 1 << 16
 
 _NAMES: dict[str, Callable[[], Distribution]] = {
@@ -155,20 +155,17 @@ class TangentSet:
         factors = self.factors(piece, dtype, first, count)
         if factors is not None:
             return factors.dense()
-        return self._rows(piece, dtype, first, count, 0, piece.numel).view(count, *piece.shape)
+        return self._rows(dtype, first, count, piece.offset, piece.numel).view(count, *piece.shape)
 
-    def _rows(self, piece: Piece, dtype: torch.dtype, first: int, count: int, start: int, numel: int) -> Tensor:
-        """Elements ``start .. start + numel`` of a piece in tangents ``first .. first + count``: (count, numel)."""
+    def _rows(self, dtype: torch.dtype, first: int, count: int, start: int, numel: int) -> Tensor:
+        """Elements ``start .. start + numel`` of tangents ``first .. first + count``: (count, numel)."""
         random = max(0, min(count, self.drawn - first))
-        rows = []
-        if random or not count:
-            offset, base = piece.offset + start, self.distribution.base
-            rows.append(
-                ops.sample_tangents(self.state, random, numel, offset=offset, first=first, distribution=base, dtype=dtype)
-            )
         guides = self.guides[first + random - self.drawn : first + count - self.drawn] if count > random else []
-        if guides:
-            rows.append(torch.stack([g.scaled(piece, start, numel, dtype) for g in guides]))
+        rows = [torch.stack([g.scaled(start, numel, dtype) for g in guides])] if guides else []
+        if random or not guides:
+            base = self.distribution.base
+            drawn = ops.sample_tangents(self.state, random, numel, offset=start, first=first, distribution=base, dtype=dtype)
+            rows.insert(0, drawn)
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def factors(self, piece: Piece, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Factors | None:
@@ -191,11 +188,17 @@ class TangentSet:
         if factors is not None:
             return factors.gram()
         if self.guides:
-            dtype = _at_least_float32(*(part.dtype for g in self.guides for part in g.parts.values()))
-            blocks = range(0, piece.numel, _BLOCK)
-            rows = (self._rows(piece, dtype, 0, self.k, start, min(_BLOCK, piece.numel - start)) for start in blocks)
-            return sum((ops.gram(r) for r in rows), torch.zeros(self.k, self.k, dtype=torch.float64, device=self.device))
+            return self.joint_gram([piece])
         return ops.tangent_gram(self.state, self.k, piece.numel, offset=piece.offset, distribution=self.distribution.base)
+
+    def joint_gram(self, pieces: Sequence[Piece]) -> Tensor:
+        """The pieces' Gram matrices in one, (k, k) float64; random tangents are drawn block by block and put beside guides."""
+        dtype = _at_least_float32(*(g.vector.dtype for g in self.guides))
+        total = torch.zeros(self.k, self.k, dtype=torch.float64, device=self.device)
+        for begin, end in _stretches(pieces):
+            for start in range(begin, end, _BLOCK):
+                total += ops.gram(self._rows(dtype, 0, self.k, start, min(_BLOCK, end - start)))
+        return total
 
     def combine(self, piece: Piece, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         """``Z c`` on a piece: (*shape); coefficients (k,) float64."""
@@ -235,6 +238,17 @@ class TangentSet:
             offset=piece.offset,
             distribution=self.distribution.base,
         )
+
+
+def _stretches(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:
+    """Where pieces begin and end in the global vector; those that follow one another are taken together."""
+    begin = end = 0
+    for piece in pieces:
+        if piece.offset != end:
+            yield begin, end
+            begin = piece.offset
+        end = piece.offset + piece.numel
+    yield begin, end
 
 
 def _at_least_float32(*dtypes: torch.dtype) -> torch.dtype:

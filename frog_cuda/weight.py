@@ -94,7 +94,9 @@ class WeightPerturbation:
             return grams[piece.offset]() if grams and piece.offset in grams else tangents.gram(piece)
 
         def gram() -> Tensor:
-            if tangents.stored is not None or guided:  # of any magnitude, and held by every process
+            if guided:
+                return tangents.joint_gram(self.used)
+            if tangents.stored is not None:  # of any magnitude, and held by every process
                 return torch.stack([tangents.gram(p) for p in self.used]).sum(0)
             # Where the step does not need it, one process alone may ask for it
             return (share if wants_gram else ALONE).gram(self.used, gram_of)

@@ -312,15 +312,19 @@ def test_states_that_do_not_fit():
     fg(*data())
     state = fg.state_dict()
     other = forward_gradient(Guided(1))
-    part = state["previous"][0]
+    kept = state["previous"][0]
+    parts = kept["parts"]
+    with_parts = lambda parts: state | {"previous": [{"scale": 1.0, "parts": parts}]}  # noqa: E731
     bad = [
         ({"seed": 0, "step": 0}, ValueError, r"keys \['seed', 'step'\]; expected \['previous', 'seed', 'step'\]"),
         (state | {"previous": 3}, TypeError, "no list of mappings"),
-        (state | {"previous": [part, part]}, ValueError, "holds 2 previous estimates; expected at most 1"),
-        (state | {"previous": [{"nothing": part["0.bias"]}]}, ValueError, "of no parameter that is perturbed"),
-        (state | {"previous": [{"0.bias": 1.0}]}, TypeError, r"\[0\]\['0.bias'\] is of type float"),
-        (state | {"previous": [{"0.bias": part["0.bias"].float()}]}, ValueError, r"expected \(20,\) torch.float64"),
-        (state | {"previous": [{"0.bias": part["0.bias"] / 0}]}, FloatingPointError, r"state\['previous'\]\[0\] has NaN"),
+        (state | {"previous": [parts]}, TypeError, "no list of mappings of 'scale' and 'parts'"),
+        (state | {"previous": [kept, kept]}, ValueError, "holds 2 previous estimates; expected at most 1"),
+        (state | {"previous": [kept | {"scale": -1}]}, ValueError, r"\['scale'\] is -1; expected a number > 0"),
+        (with_parts({"nothing": parts["0.bias"]}), ValueError, r"\[0\] is not of the parameters that are perturbed: 0.weight"),
+        (with_parts(parts | {"0.bias": 1.0}), ValueError, r"\['0.bias'\] is float; expected a floating tensor \(20,\)"),
+        (with_parts(parts | {"0.bias": parts["0.bias"][:3]}), ValueError, r"is \(3,\) torch.float64; expected a floating"),
+        (with_parts(parts | {"0.bias": parts["0.bias"] / 0}), FloatingPointError, r"\['previous'\]\[0\] has NaN.*0.bias"),
     ]
     for given, error, message in bad:
         with pytest.raises(error, match=message):

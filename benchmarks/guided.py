@@ -167,9 +167,9 @@ def styblinski_tang(x: Tensor) -> Tensor:
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Sequence[float]]] = {
-    "sphere": (sphere, (0.05, 0.15, 0.5, 1.0)),
+    "sphere": (sphere, (0.05, 0.15, 0.5, 1.5)),
     "rosenbrock": (rosenbrock, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
-    "styblinski_tang": (styblinski_tang, (0.2, 0.6, 2.0, 6.0)),
+    "styblinski_tang": (styblinski_tang, (0.06, 0.2, 0.6, 2.0, 6.0)),
 }
 
 
@@ -283,9 +283,9 @@ def markdown(machine: str, results: Sequence[dict[str, Any]]) -> str:
     parts = [
         "# Guided tangents at equal wall-clock",
         f"Written by `python benchmarks/guided.py`. {machine}.",
-        "Each method takes as many steps as fit the same time, by the medians of one run. Learning rates are the best of a grid "
-        "for each method by itself, and not chosen on what is reported. Cosine: to the true gradient, mean over the steps. Loss: "
-        "median over the seeds, and their range.",
+        "Each method takes as many steps as fit the same time, by the medians of one run. Learning rates are the best of a "
+        "grid for each method by itself, and not chosen on what is reported. Cosine: to the true gradient, mean over the "
+        "steps. Loss: median over the seeds, and their range.",
     ]
     for r in results:
         rows = [

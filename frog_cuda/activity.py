@@ -116,23 +116,10 @@ class ActivityPerturbation:
         loss = value = torch.empty(0)
         self._numbers = RandomNumbers(self.parameters.values())
         for first in starts:
-            count = min(size, end - first)
             if first > begin:
                 self._numbers.rewind()
-
-            def perturb(segment: Segment, y: Tensor, first: int = first, count: int = count) -> Tensor:
-                v = tangents.draw(segment.piece, tangent_dtype or primal_of(y).dtype, first, count)
-                segment.tangents.append(v)
-                return perturbed(y, v)
-
-            last = first == starts[-1]
-            with torch.no_grad(), self._hooked(perturb):
-                output = (
-                    self.model(*inputs[0], **inputs[1])
-                    if last
-                    else functional_call(self.model, copied_buffers(self.model), *inputs)
-                )
-                value, moved = read_loss(loss_fn(output, target))
+            chunk = range(first, min(first + size, end))
+            value, moved = self._pass(tangents, chunk, loss_fn, inputs, target, tangent_dtype, first == starts[-1])
             loss = value.mean()
             kept.append([s.tangents[0] for s in self.segments])
             columns.append(moved)
@@ -142,9 +129,49 @@ class ActivityPerturbation:
                 [tangents.draw(segment.piece, parts[0].dtype, first, count)] if count else [] for first, count in others
             )
             segment.tangents = [*before, *parts, *after]
+        del kept, parts, before, after  # so that what is joined later is freed piece by piece
         self._warn_of_layers_not_called()
         moved = share.gather(columns[0] if len(columns) == 1 else torch.cat(columns), loss, k)
         return self.finish(tangents, aggregate, loss, value.dim() == 1, moved, correct_length, share)
+
+    def _pass(
+        self,
+        tangents: TangentSet,
+        chunk: range,
+        loss_fn: Any,
+        inputs: Inputs,
+        target: Any,
+        tangent_dtype: torch.dtype | None,
+        moves_buffers: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and derivatives of one forward pass, as :func:`read_loss` gives them. Fills ``segments``."""
+
+        def perturb(segment: Segment, y: Tensor) -> Tensor:
+            v = tangents.draw(segment.piece, tangent_dtype or primal_of(y).dtype, chunk.start, len(chunk))
+            segment.tangents.append(v)
+            return perturbed(y, v)
+
+        with torch.no_grad(), self._hooked(perturb):
+            output = (
+                self.model(*inputs[0], **inputs[1])
+                if moves_buffers
+                else functional_call(self.model, copied_buffers(self.model), *inputs)
+            )
+            return read_loss(loss_fn(output, target))
+
+    def probe(
+        self,
+        tangents: TangentSet,
+        chunk: range,
+        loss_fn: Any,
+        inputs: Inputs,
+        target: Any,
+        tangent_dtype: torch.dtype | None,
+    ) -> int:
+        """A pass that leaves no trace but ``segments``. Returns the bytes of tangents, for each, that a step keeps after its
+        pass."""
+        self._pass(tangents, chunk, loss_fn, inputs, target, tangent_dtype, False)
+        return sum(s.tangents[0].nbytes for s in self.segments) // len(chunk)
 
     def _warn_of_layers_not_called(self) -> None:
         """Once: a module may use the weights of an inner one without calling it, as torch.nn.MultiheadAttention does."""

@@ -43,7 +43,7 @@ class Graph:
         self._graph.replay()
 
 
-def check(distribution: Distribution, device: torch.device, k: int, chunk_size: int | None) -> None:
+def check(distribution: Distribution, device: torch.device, k: int, chunk_size: int | str | None) -> None:
     """Raises where a step cannot be a graph."""
     if device.type != "cuda":
         raise ValueError(f"cuda_graph: the model's parameters are on {device}; a CUDA graph needs them on a GPU")
@@ -54,8 +54,8 @@ def check(distribution: Distribution, device: torch.device, k: int, chunk_size: 
             f"cuda_graph: {type(distribution).__name__} tangents are made anew on the CPU in every step; accepted are normal, "
             "rademacher, sphere, orthonormal and Cone"
         )
-    if chunk_size is not None and chunk_size < k:
-        raise ValueError(f"cuda_graph: chunk_size is {chunk_size} with k = {k}; a graph holds one pass, so chunk_size=None")
+    if isinstance(chunk_size, str) or (chunk_size is not None and chunk_size < k):
+        raise ValueError(f"cuda_graph: chunk_size is {chunk_size!r} with k = {k}; a graph holds one pass, so chunk_size=None")
 
 
 class GraphedSteps:

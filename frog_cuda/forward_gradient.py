@@ -17,6 +17,7 @@ from . import tangents as distributions
 from ._checks import check_count, check_seed, check_step, flat
 from .activity import ActivityPerturbation
 from .aggregate import Aggregate, Orthogonal, scaling_correction
+from .chunk_size import check_chunk_size
 from .dual import DualTensor
 from .estimate import Estimate, check_loss, read_loss, solve
 from .guides import Memory
@@ -56,6 +57,11 @@ class ForwardGradient:
             then, and False gives one derivative per tangent for the batch. A scalar loss always works as False does.
         shared_across_batch: activity only. All samples share their tangents; False draws them for each sample.
         chunk_size: at most so many tangents in one pass, to bound the memory; the tangents and the result stay the same.
+            ``"auto"``: as many as fit ``memory_budget``. At the first call with a shape of input and target this is measured by
+            some passes more, with 1 tangent, with 2, and with what follows from those; see :mod:`frog_cuda.chunk_size`.
+        memory_budget: bytes that a step's forward passes may take beside what is there, for ``chunk_size="auto"``; None means
+            half of what the device has free when it is measured. Tensors are counted. What allocators hold back and libraries'
+            workspaces come on top: on CPUs, processes were seen to grow by up to 2.4 times as much.
         scaling_correction: scale the estimate to the expected length of the gradient, see
             :func:`frog_cuda.aggregate.scaling_correction`.
         seed: 64-bit integer. Tangents are a pure function of seed, step, tangent and element.
@@ -65,6 +71,7 @@ class ForwardGradient:
     Attributes:
         step: number of calls so far; draws the next tangents.
         last: :class:`frog_cuda.estimate.Estimate` of the latest call, or None.
+        chosen_chunk_size: what ``chunk_size="auto"`` came to in the latest call; None before, and with any other chunk_size.
     Raises:
         TypeError, ValueError: an argument is not accepted; the message names it and what is.
 
@@ -88,7 +95,8 @@ class ForwardGradient:
         tangent_dtype: torch.dtype | None = None,
         per_sample: bool = True,
         shared_across_batch: bool = True,
-        chunk_size: int | None = None,
+        chunk_size: int | str | None = None,
+        memory_budget: int | None = None,
         scaling_correction: bool = False,
         seed: int = 0,
         cuda_graph: bool = False,
@@ -101,7 +109,8 @@ class ForwardGradient:
             raise ValueError(f"tangent_dtype is {tangent_dtype!r}; expected a floating point torch.dtype, or None")
         self.model, self.loss_fn, self.k = model, loss_fn, check_count("k", k)
         self.distribution, self.aggregate = distributions.resolve(tangents), aggregations.resolve(aggregate)
-        self.chunk_size = None if chunk_size is None else check_count("chunk_size", chunk_size)
+        self.chunk_size, self._chunks = check_chunk_size(chunk_size, memory_budget)
+        self.chosen_chunk_size: int | None = None
         self.tangent_dtype, self.scaling_correction = tangent_dtype, scaling_correction
         self.seed, self.step = check_seed(seed), 0
         self.last: Estimate | None = None
@@ -163,14 +172,19 @@ class ForwardGradient:
         return estimate.loss
 
     def _estimate(self, tangents: TangentSet, inputs: Inputs, target: Any, share: Share = ALONE) -> Estimate:
-        """One forward pass along ``tangents``, and the projection; changes nothing of this object's."""
+        """The forward passes along ``tangents``, and the projection; changes nothing of this object's but the chosen chunk."""
+        chunk_size = self.chunk_size
+        if isinstance(chunk_size, str):
+            method, dtype = self._method, self.tangent_dtype
+            chunk_size = self._chunks.choose(method, tangents, self.loss_fn, inputs, target, dtype)
+            self.chosen_chunk_size = chunk_size
         return self._method.derivatives(
             tangents,
             self.aggregate,
             self.loss_fn,
             inputs,
             target,
-            chunk_size=self.chunk_size,
+            chunk_size=chunk_size,
             correct_length=self.scaling_correction,
             tangent_dtype=self.tangent_dtype,
             share=share,
@@ -250,8 +264,9 @@ class ForwardGradient:
         Raises:
             TypeError, ValueError: something is missing or not accepted; nothing is changed then.
         """
-        expected = ["seed", "step"] if self._memory is None else ["previous", "seed", "step"]
-        if sorted(state) != expected:
+        previous = self._memory is not None
+        if set(state) != {"seed", "step"} | ({"previous"} if previous else set()):
+            expected = "'previous', 'seed' and 'step'" if previous else "'seed' and 'step'"
             raise ValueError(f"load_state_dict: state has keys {sorted(state)}; expected {expected}")
         seed, step = check_seed(state["seed"]), check_step(state["step"])
         if self._memory is not None:

@@ -71,19 +71,14 @@ class WeightPerturbation:
         columns: list[Tensor] = []
         loss = torch.empty(0)
         numbers = RandomNumbers(self.parameters.values()) if len(passes) > 1 else None
-        with torch.no_grad():
-            for chunk in passes:
-                if numbers is not None:
-                    numbers.rewind()
-                state: dict[str, Any] = {
-                    piece.name: self._dual(tangents, piece, chunk, grams, touched, tangent_dtype) for piece in self.pieces
-                }
-                if chunk is not passes[-1]:  # running statistics move once a step, with the last chunk
-                    state |= copied_buffers(self.model)
-                output = functional_call(self.model, state, *inputs)
-                value, moved = read_loss(loss_fn(output, target))
-                loss = value.mean()
-                columns.append(moved.reshape(len(chunk), -1).double().mean(1).to(moved.dtype))
+        for chunk in passes:
+            if numbers is not None:
+                numbers.rewind()
+            # Running statistics move once a step, with the last chunk
+            moves = chunk is passes[-1]
+            value, moved = self._pass(tangents, chunk, loss_fn, inputs, target, tangent_dtype, grams, touched, moves)
+            loss = value.mean()
+            columns.append(moved.reshape(len(chunk), -1).double().mean(1).to(moved.dtype))
         self.used = [p for p in self.pieces if tangents.stored is not None or p.offset in touched]
 
         gathered = share.gather(torch.cat(columns[: len(drawn)]), loss, tangents.drawn)
@@ -106,6 +101,40 @@ class WeightPerturbation:
 
         n = sum(p.numel for p in self.used)
         return solve(tangents, aggregate, loss, derivatives, gram, stored, n, correct_length)
+
+    @torch.no_grad()
+    def _pass(
+        self,
+        tangents: TangentSet,
+        chunk: range,
+        loss_fn: Any,
+        inputs: Inputs,
+        target: Any,
+        tangent_dtype: torch.dtype | None,
+        grams: dict[int, Callable[[], Tensor]] | None,
+        touched: set[int],
+        moves_buffers: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and derivatives of one forward pass, as :func:`read_loss` gives them."""
+        state: dict[str, Any] = {
+            piece.name: self._dual(tangents, piece, chunk, grams, touched, tangent_dtype) for piece in self.pieces
+        }
+        if not moves_buffers:
+            state |= copied_buffers(self.model)
+        return read_loss(loss_fn(functional_call(self.model, state, *inputs), target))
+
+    def probe(
+        self,
+        tangents: TangentSet,
+        chunk: range,
+        loss_fn: Any,
+        inputs: Inputs,
+        target: Any,
+        tangent_dtype: torch.dtype | None,
+    ) -> int:
+        """A pass that leaves no trace. Returns the bytes of tangents, for each, that a step keeps after its pass."""
+        self._pass(tangents, chunk, loss_fn, inputs, target, tangent_dtype, {}, set(), False)
+        return 0
 
     def _dual(
         self,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import __version__, build_info
-from .experiments import MissingPackages, UsageError, approximation, demo, missing, train
+from .experiments import MissingPackages, UsageError, angles, approximation, demo, functions, missing, train
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,12 @@ COMMANDS = {
         "how close estimates come to the gradient, by number of tangents and dimensions (section 4.1 of the paper)",
         approximation.add_arguments,
         approximation.run,
+    ),
+    "angles": Command(
+        "estimates from tangents at an angle, and descent by them (section 4.3)", angles.add_arguments, angles.run
+    ),
+    "functions": Command(
+        "minimise closed-form functions by forward gradients (section 4.2)", functions.add_arguments, functions.run
     ),
     "train": Command(
         "train networks on images with and without backprop (sections 4.4 and 4.5 of the paper)", train.add_arguments, train.run

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .demo import Run
     from .results import Row
 
-__all__ = ["approximation_figures", "loss_curves"]
+__all__ = ["angles_figure", "approximation_figures", "functions_figure", "loss_curves"]
 
 # From dark to light, and each with a dash and a marker of its own, so that the lines can be told apart in grey
 STYLES: list[dict[str, Any]] = [
@@ -121,6 +121,110 @@ def approximation_figures(table: Sequence[Row], folder: Path) -> list[Path]:
 
 #: closed forms, above the lines that they are compared with
 DASHED: dict[str, Any] = {"color": "#d62728", "linestyle": (0, (3, 3)), "linewidth": 0.8, "zorder": 5}
+
+
+#: below this, values of functions are drawn at this height: what float32 leaves of a minimum of 0 has no meaning
+FLOOR = 1e-12
+
+
+def functions_figure(table: Sequence[Row], folder: Path) -> Path:
+    """``functions.png`` from the table of ``functions``: best values by dimension, a line for each approach; mean over the
+    seeds, bars from the lowest to the highest.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from .descent import FUNCTIONS
+
+    names = list(dict.fromkeys(row["function"] for row in table))
+    approaches = list(dict.fromkeys(row["approach"] for row in table))
+    looks = approach_looks(approaches)
+    figure, panels = _panels(len(names))
+    for panel, name in zip(panels, names, strict=True):
+        function = FUNCTIONS[name]
+        zero = function.minimum == 0
+        for approach in approaches:
+            rows = [row for row in table if row["function"] == name and row["approach"] == approach and row["best"] is not None]
+            n = sorted({row["n"] for row in rows})
+            bests = [[_height(row["best"], row["n"], zero) for row in rows if row["n"] == size] for size in n]
+            means = [sum(values) / len(values) for values in bests]
+            bars = [[m - min(v) for m, v in zip(means, bests)], [max(v) - m for m, v in zip(means, bests)]]
+            panel.errorbar(n, means, yerr=bars, elinewidth=0.7, label=approach, **looks[approach])
+        panel.set_xscale("log", base=2)
+        if zero:
+            panel.set_yscale("log")
+        else:
+            panel.axhline(function.minimum, **DASHED)
+        powers(panel.xaxis)
+        plain(panel, function.title, "dimensions n", f"best value (at least {FLOOR:.0e})" if zero else "best value / n")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    path = folder / "functions.png"
+    figure.savefig(path, format="png")
+    return path
+
+
+def _height(value: float, n: int, zero: bool) -> float:
+    return max(value, FLOOR) if zero else value / n
+
+
+def angles_figure(quality: Sequence[Row], descent: Sequence[Row], minimum: float, folder: Path) -> Path:
+    """``angles.png`` from both tables of ``angles``: cosine, length and best value by angle, mean and projection for each k.
+    Normal tangents stand at the right.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    ks = sorted({row["k"] for row in quality})
+    names = [f"{aggregate} k={k}" for k in ks for aggregate in ("mean", "orthogonal")]
+    looks = approach_looks(names)
+    angles = sorted({row["angle"] for row in quality if row["angle"] is not None})
+    places = {None: angles[-1] + 15, **{angle: angle for angle in angles}}
+    figure, panels = _panels(3)
+    for name in names:
+        kind, k = name.split(" k=")
+        mine = [row for row in quality if row["approach"] == kind and row["k"] == int(k)]
+        runs = [row for row in descent if row["approach"].startswith(name) and row["k"] == int(k) and row["best"] is not None]
+        bests: dict[Any, list[float]] = {}
+        for row in runs:
+            bests.setdefault(row["angle"], []).append(row["best"] / row["n"])
+        series = (
+            {row["angle"]: row["cosine"] for row in mine},
+            {row["angle"]: row["norm_ratio"] for row in mine},
+            {angle: sum(values) / len(values) for angle, values in bests.items()},
+        )
+        for panel, found in zip(panels, series, strict=True):
+            cones = [angle for angle in angles if angle in found]
+            panel.plot(cones, [found[angle] for angle in cones], **looks[name], label=name)
+            if None in found:
+                panel.plot([places[None]], [found[None]], **{**looks[name], "linestyle": ""})
+    panels[1].set_yscale("log")
+    panels[2].axhline(minimum, **DASHED)
+    labels = (("cosine", "cosine to the gradient"), ("length", "length / length of the gradient"))
+    for panel, (title, label) in zip(panels, (*labels, ("Styblinski-Tang", "best value / n")), strict=True):
+        plain(panel, title, "angle to the first tangent, degrees", label)
+        panel.set_xticks([*angles, places[None]], [f"{angle:g}" for angle in angles] + ["normal"])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(ks), fontsize=8, frameon=False)
+    path = folder / "angles.png"
+    figure.savefig(path, format="png")
+    return path
+
+
+def approach_looks(approaches: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How lines look, by the name of a :class:`frog_cuda.experiments.descent.Approach`: black the true gradient, grey one
+    tangent, orange and dashed the mean, blue the projection; darker with k."""
+    looks: dict[str, dict[str, Any]] = {}
+    blues, oranges = ["#9ecae1", "#4292c6", "#08519c"], ["#fdae6b", "#e6550d", "#8c2d04"]
+    ks = sorted({int(name.split("k=")[1].split()[0]) for name in approaches if " k=" in name})
+    for name in approaches:
+        if " k=" not in name:
+            colour, line, marker = ("#000000", "-", "") if name == "true" else ("#8c8c8c", ":", "x")
+        else:
+            at = ks.index(int(name.split("k=")[1].split()[0]))
+            shade = 2 if len(ks) == 1 else round(2 * at / (len(ks) - 1))
+            orthogonal = name.startswith("orthogonal")
+            colour, line, marker = (blues if orthogonal else oranges)[shade], "-" if orthogonal else "--", MARKERS[at % 6]
+        looks[name] = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1.3}
+    return looks
 
 
 def _panels(count: int) -> tuple[Any, list[Any]]:

@@ -7,12 +7,15 @@ their own part, so one file serves all. The package ships ``learning_rates.json`
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from . import UsageError
+from .descent import Approach
 from .results import replace
 
 __all__ = ["SHIPPED", "RateTable"]
@@ -46,12 +49,17 @@ class RateTable:
     def read(cls, path: Path | None = None) -> RateTable:
         """The table in a file, None: the one that is shipped.
 
+        Arguments:
+            path: JSON; a name that ends in ``.csv``: rates of functions and angles, as the paper's authors publish them.
+
         Raises:
             UsageError: no such file, or not such a table.
         """
         source = SHIPPED if path is None else path
         try:
-            content = json.loads(source.read_text())
+            content = _from_csv(source) if source.suffix == ".csv" else json.loads(source.read_text())
+        except UsageError:
+            raise
         except OSError as error:
             raise UsageError(f"--lr-table {str(source)!r} cannot be read: {error.strerror}") from error
         except ValueError as error:
@@ -83,3 +91,28 @@ class RateTable:
     def write(self, path: Path) -> None:
         """Writes the table, sorted, whole or not at all."""
         replace(path, json.dumps(self.rates, indent=1, sort_keys=True) + "\n")
+
+
+def _from_csv(path: Path) -> dict[str, dict[str, float]]:
+    """Columns function, n, gradient_approach (bp, fg-mean or frog), k (empty with bp), lr, and optimizer, which names a cone's
+    angle."""
+    rates: dict[str, dict[str, float]] = {"functions": {}, "angles": {}}
+    with open(path, newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            where = f"--lr-table {str(path)!r}, line {number}"
+            try:
+                kind, function, n, rate = row["gradient_approach"], row["function"], int(row["n"]), float(row["lr"])
+                k = int(float(row["k"] or 0))
+            except KeyError as error:
+                raise UsageError(f"{where}: no {error} column; expected function, n, gradient_approach, k, lr") from error
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"{where}: {error}") from error
+            if kind not in _KINDS:
+                raise UsageError(f"{where}: gradient_approach is {kind!r}; accepted are {', '.join(_KINDS)}")
+            angle = re.search(r"specific_angle_(\d+)", row.get("optimizer") or "")
+            approach = Approach(_KINDS[kind], k, float(angle[1]) if angle else None)
+            rates["angles" if angle else "functions"][f"{function} n={n} {approach.name}"] = rate
+    return rates
+
+
+_KINDS = {"bp": None, "fg-mean": "mean", "frog": "orthogonal"}

@@ -167,7 +167,7 @@ def styblinski_tang(x: Tensor) -> Tensor:
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Sequence[float]]] = {
-    "sphere": (sphere, (0.05, 0.15, 0.5, 1.5)),
+    "sphere": (sphere, (0.05, 0.15, 0.5, 1.0)),
     "rosenbrock": (rosenbrock, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
     "styblinski_tang": (styblinski_tang, (0.06, 0.2, 0.6, 2.0, 6.0)),
 }
@@ -239,7 +239,7 @@ def compare(task: Task, seeds: int, choosing: int, rounds: int, limit: float) ->
     found = []
     for method in METHODS:
         each = seconds[method.name]
-        steps = max(10, round(budget / each))
+        steps = max(CURVE, round(budget / each))
         scores = {rate: mean_loss(task, method, rate, choosing, steps) for rate in task.rates}
         rate = min(scores, key=lambda rate: scores[rate])
         curves = [task.train(method, rate, seed, steps, False) for seed in range(seeds)]
@@ -331,8 +331,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER / "results", help="folder of the results")
     options = parser.parse_args()
     began = time.perf_counter()
-    tasks = [digits_task(16, 20 if options.quick else 880)]
-    tasks += [function_task(name, 64, 4, 20 if options.quick else 600) for name in FUNCTIONS]
+    tasks = [digits_task(16, 60 if options.quick else 880)]
+    tasks += [function_task(name, 64, 4, 60 if options.quick else 600) for name in FUNCTIONS]
     results = []
     for task in tasks:
         task.rates = task.rates[1:3] if options.quick else task.rates

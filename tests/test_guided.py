@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from frog_cuda.tangents import Guided, Piece, TangentSet, sample
 
 K = 3
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 BASES = pytest.mark.parametrize("base", ["normal", "rademacher"])
 
 
@@ -422,3 +427,21 @@ def test_tangent_set_piece_by_piece():
         assert_close64(target, 1 - 2 * combined)
     assert drawn.passes(0, K, 2) == ([range(2), range(2, 3)], [range(3, 5)])
     assert drawn.passes(1, 2, None) == ([range(1, 3)], [range(3, 5)])
+
+
+def test_the_comparison_runs(tmp_path):
+    """benchmarks/guided.py: each method gets the same time, and the files hold what was measured."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "guided.py"), "--quick", "--output", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "guided.json").read_text())["results"]
+    assert [r["task"] for r in results] == ["digits", "sphere", "rosenbrock", "styblinski_tang"]
+    table = (tmp_path / "guided.md").read_text()
+    for r in results:
+        assert [m["method"] for m in r["methods"]] == ["normal", "Guided(1)", "Guided(4)", "Guided(vectors=momentum)"]
+        for m in r["methods"]:
+            spent = m["steps"] * m["ms_per_step"] / 1e3
+            assert abs(spent - r["seconds"]) <= m["ms_per_step"] / 1e3 or m["steps"] == 24
+            assert -1 <= m["cosine"] <= 1 and m["lowest"] <= m["loss"] <= m["highest"] and len(m["curve"]) == len(m["seconds"])
+            assert f"{m['rate']:g}" in m["scores"] and m["method"] in table
+    assert (tmp_path / "guided.png").read_bytes().startswith(b"\x89PNG")

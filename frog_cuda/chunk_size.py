@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from ._checks import check_count
+from .activity import ActivityPerturbation
 from .functional import RandomNumbers
 from .tracking import Tracker, free_memory
 
 if TYPE_CHECKING:
-    from .activity import ActivityPerturbation
     from .tangents import TangentSet
     from .weight import Inputs, WeightPerturbation
 
@@ -158,7 +158,7 @@ def _needs(
         # Kept tangents of the other passes lie beside; for the Gram matrix of all layers, all are put together in a copy
         others = (tangents.k - len(chunk)) * kept
         worst = max(worst, tracker.peak + others, tracker.live + others + tangents.k * kept)
-        if hasattr(method, "segments"):
+        if isinstance(method, ActivityPerturbation):
             method.segments = []
     return worst
 

@@ -38,7 +38,6 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._device = device
-        self._key = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(device.type.upper()))
         self._known: dict[int, tuple[_Block, weakref.ref[Any]]] = {}
 
     def __torch_dispatch__(
@@ -51,7 +50,7 @@ class Tracker(TorchDispatchMode):
                 out = DualTensor.__torch_dispatch__(func, types, args, kwargs)
         elif func.namespace == "frog_cuda":
             with self:  # the kernel itself, so that what it calls comes here, too
-                out = func.redispatch(self._key, *args, **kwargs)
+                out = func.redispatch(_backend(args, kwargs), *args, **kwargs)
         else:
             out = func(*args, **kwargs)
         found = _storages(out)
@@ -85,6 +84,12 @@ class Tracker(TorchDispatchMode):
 
         block.users += 1
         self._known[key] = block, weakref.ref(storage, died)
+
+
+def _backend(*tree: Any) -> torch._C.DispatchKeySet:
+    """The key of the kernel for these arguments."""
+    device = next(t.device for t in tree_leaves(tree) if isinstance(t, Tensor))
+    return torch._C.DispatchKeySet(torch._C._dispatch_key_parse(device.type.upper()))
 
 
 def _storages(tree: Any) -> dict[int, Any]:

@@ -249,7 +249,19 @@ def test_activations(activation, dtype):
 @pytest.mark.parametrize(
     "dtype, tangent_dtype", [(d, d) for d in DTYPES[2:]] + [(torch.float32, d) for d in DTYPES[2:]], ids=str
 )
-@pytest.mark.parametrize("mix", [dict(dx=True), dict(dx=True, weight="given", bias="given", activity="rows"), SAMPLED], ids=str)
+@pytest.mark.parametrize(
+    "mix",
+    [
+        dict(dx=True),
+        dict(dx=True, activity="rows"),
+        dict(dx=True, bias="given", activity="shared"),
+        dict(dx=True, bias="sampled", want_gram=True),
+        dict(dx=True, weight="given", bias="given", activity="rows"),
+        dict(dx=True, **SAMPLED),
+        SAMPLED,
+    ],
+    ids=str,
+)
 def test_low_precision(dtype, tangent_dtype, mix):
     for k, rows, size, out in [(1, 1, 7, 1), (3, 33, 65, 9), (2, 7, 1025, 33)]:
         given = arguments(k, (rows, size), out, dtype, tangent_dtype=tangent_dtype, **mix)
@@ -264,13 +276,30 @@ def test_low_precision(dtype, tangent_dtype, mix):
             assert_close32(dy, exact_dy)
         else:
             assert_as_good_as_torch(dy, own_dy, exact_dy)
-        if mix is SAMPLED:
+        if mix.get("want_gram"):
             assert_close32(gram.float(), exact_gram)
         assert dy.dtype == (tangent_dtype if mix.get("dx") else dtype)
 
 
+def test_low_precision_tangents_strided_activated_or_empty():
+    """What the product of bfloat16 tangents leaves to other code."""
+    wide = randn(3, 40, 34, dtype=torch.bfloat16)
+    given = arguments(3, (40, 17), 33, torch.float32, dx=True, tangent_dtype=torch.bfloat16)
+    given["dx"] = wide[:, :, ::2]
+    y, dy, _ = ops.linear_jvp(**given)
+    same = ops.linear_jvp(**{**given, "dx": given["dx"].contiguous()})
+    assert torch.equal(dy, same[1]) and torch.equal(y, same[0])
+    activated = ops.linear_jvp(**given, activation="tanh")
+    assert_close32(activated[0], y.double().tanh())
+    assert_as_good_as_torch(activated[1], (1 - y.tanh() ** 2).bfloat16() * dy, (1 - y.double().tanh() ** 2) * dy.double())
+    for shape in ((0, 17), (40, 0)):
+        nothing = arguments(3, shape, 33, torch.float32, dx=True, bias="given", tangent_dtype=torch.bfloat16)
+        y, dy, _ = ops.linear_jvp(**nothing)
+        assert torch.equal(dy, nothing["dbias"][:, None].to(torch.bfloat16).expand(3, shape[0], 33))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(0, 7), (3, 0, 7), (5, 0), (0, 0)])
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0, 7), (5, 0), (40, 0), (0, 0)])
 def test_empty_batches_and_empty_features(shape, dtype):
     for mix in (dict(dx=True, activity="rows"), dict(weight="given", bias="given"), SAMPLED):
         given = arguments(3, shape, 5, dtype, **mix)

@@ -13,13 +13,13 @@
 #include <limits>
 
 #include "../arguments/normalization.h"
+#include "blocks.h"
 #include "product.h"
 
 namespace frog {
 namespace {
 
 constexpr const char* kOp = "normalization_jvp";
-constexpr int64_t kWork = 32768;  // elements of primal and tangents that are worth a thread
 
 template <class T>
 struct Simd;
@@ -46,6 +46,7 @@ void run(const Normalization<T>& p) {
   });
 }
 
+// Checked, dense and in the compute type; tangents in bfloat16 stay what they are where that is float.
 std::optional<Tensor> prepare(const char* name, const std::optional<Tensor>& t, const std::vector<int64_t>& expected,
                               ScalarType compute) {
   if (!t) return std::nullopt;
@@ -53,6 +54,10 @@ std::optional<Tensor> prepare(const char* name, const std::optional<Tensor>& t, 
   check_floating(kOp, name, *t);
   check_shape(kOp, name, *t, expected);
   return torch::stable::contiguous(to_dtype(*t, compute));
+}
+
+bool is_low(ScalarType type, ScalarType compute) {
+  return type == ScalarType::BFloat16 && compute == ScalarType::Float;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalization_jvp(
@@ -66,15 +71,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalization_jvp(
   const int64_t inner = sizes.inner, k = sizes.k, weight_inner = sizes.weight_inner;
   const ScalarType compute = sizes.compute;
   const std::vector<int64_t>&dx_shape = sizes.dx_shape, &w_shape = sizes.w_shape, &dw_shape = sizes.dw_shape;
-  const auto x_ = prepare("x", x, shape_of(x), compute), dx_ = prepare("dx", dx, dx_shape, compute);
+  const bool low_in = dx && is_low(dx->scalar_type(), compute), low_out = is_low(sizes.result, compute);
+  const auto x_ = prepare("x", x, shape_of(x), compute);
+  const auto dx_ = prepare("dx", dx, dx_shape, low_in ? ScalarType::BFloat16 : compute);
   const auto w_ = prepare("weight", weight, w_shape, compute), dw_ = prepare("dweight", dweight, dw_shape, compute);
   const auto b_ = prepare("bias", bias, w_shape, compute), db_ = prepare("dbias", dbias, dw_shape, compute);
   const auto m_ = prepare("mean", mean, {groups}, compute), v_ = prepare("var", var, {groups}, compute);
 
-  Tensor buffer = new_tensor(x, {1 + k, x.numel()}, compute);  // neighbours, for a linear layer that follows
-  Tensor y = part_of(buffer, 0, shape_of(x)), dy = part_of(buffer, x.numel(), dx_shape);
+  auto [y, dy] = new_dual(x, shape_of(x), k, compute, low_out ? ScalarType::BFloat16 : compute);
   Tensor mean_out = new_tensor(x, {groups}, compute), var_out = new_tensor(x, {groups}, compute);
-  const auto go = [&](auto zero) {
+  const auto go = [&, &y = y, &dy = dy](auto zero) {
     using T = decltype(zero);
     const auto data = [](const std::optional<Tensor>& t) {
       return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
@@ -88,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalization_jvp(
                          centred,
                          eps,
                          data(x_),
-                         data(dx_),
+                         low_in ? nullptr : data(dx_),
                          data(w_),
                          data(dw_),
                          data(b_),
@@ -96,9 +102,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalization_jvp(
                          data(m_),
                          data(v_),
                          static_cast<T*>(y.mutable_data_ptr()),
-                         static_cast<T*>(dy.mutable_data_ptr()),
+                         low_out ? nullptr : static_cast<T*>(dy.mutable_data_ptr()),
                          static_cast<T*>(mean_out.mutable_data_ptr()),
-                         static_cast<T*>(var_out.mutable_data_ptr())});
+                         static_cast<T*>(var_out.mutable_data_ptr()),
+                         low_in ? static_cast<const uint16_t*>(dx_->const_data_ptr()) : nullptr,
+                         low_out ? static_cast<uint16_t*>(dy.mutable_data_ptr()) : nullptr});
   };
   if (compute == ScalarType::Double) {
     go(double{});

@@ -83,7 +83,7 @@ void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t
       blocks.push_back({piece.a + r * in, piece.first + r, std::min(kRows, piece.count - r)});
     }
   }
-  const int64_t panel = panel_width<T>(), vector = vector_width<T>(), depth = std::min(in, kDepth);
+  const int64_t panel = panel_width<T>(), vector = vector_width<T>(), depth = std::clamp<int64_t>(in, 1, kDepth);
   const int64_t count = static_cast<int64_t>(blocks.size()), panels = ceil_div(out, panel);
   const auto width_of = [&](int64_t p) { return ceil_div(std::min(panel, out - p * panel), vector) * vector; };
   // a block through columns i0 .. i0 + n of panel p, which `packed` holds; edge [kTileRows, panel], zeros at first

@@ -49,6 +49,8 @@ struct Normalization {
   double eps;
   const T *x, *dx, *weight, *dweight, *bias, *dbias, *given_mean, *given_var;  // dx [k, outer, groups, inner] or null
   T *y, *dy, *mean, *var;                                                      // mean, var [groups]
+  const uint16_t* low_dx;                                                      // dx in bfloat16, where dx is null
+  uint16_t* low_dy;                                                            // dy in bfloat16, where dy is null
   int64_t numel() const { return outer * groups * inner; }
 };
 

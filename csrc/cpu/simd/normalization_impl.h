@@ -49,7 +49,12 @@ void for_runs(const Normalization<T>& p, const Body& body) {
   for (int64_t from = 0; from < p.inner; from += run) body(from, from + run, true);
 }
 
-// scratch [3, outer * inner]: x^, and where a group lies in short pieces, what is read and written in one piece.
+inline void widen_row(const uint16_t* from, int64_t n, float* to) { widen_bf16(from, n, to); }
+inline void widen_row(const uint16_t*, int64_t, double*) {}  // tangents of a double x are converted beforehand
+inline void narrow_row(const float* from, int64_t n, uint16_t* to) { narrow_bf16(from, n, to); }
+inline void narrow_row(const double*, int64_t, uint16_t*) {}
+
+// scratch [3, outer * inner]: x^, and where a group lies in short pieces or in bfloat16, what is read and written.
 template <class T>
 void normalise_group(const Normalization<T>& p, int64_t g, T* scratch) {
   constexpr int64_t kShort = 64;
@@ -72,6 +77,21 @@ void normalise_group(const Normalization<T>& p, int64_t g, T* scratch) {
     for (int64_t o = 0; pieces && o < p.outer; ++o) {
       for (int64_t j = 0; j < p.inner; ++j) to[o * stride + j] = result[o * p.inner + j];
     }
+  };
+  // the same for tangents, which may be in bfloat16: then a row of a group follows the one before
+  const bool low_in = p.low_dx != nullptr, low_out = p.low_dy != nullptr;
+  const int64_t in_stride = low_in ? inner : stride, out_stride = low_out ? inner : stride;
+  const auto fetch_tangents = [&](int64_t i) {
+    if (!low_in) return p.dx == nullptr ? nullptr : fetch(p.dx + i * all);
+    const uint16_t* from = p.low_dx + i * all + g * p.inner;
+    for (int64_t o = 0; o < p.outer; ++o) widen_row(from + o * stride, p.inner, whole + o * p.inner);
+    return static_cast<const T*>(whole);
+  };
+  const auto place_tangents = [&](int64_t i) { return low_out ? result : place(p.dy + i * all); };
+  const auto finish_tangents = [&](int64_t i) {
+    if (!low_out) return finish(p.dy + i * all);
+    uint16_t* to = p.low_dy + i * all + g * p.inner;
+    for (int64_t o = 0; o < p.outer; ++o) narrow_row(result + o * p.inner, p.inner, to + o * stride);
   };
   const auto runs = [&](const auto& body) {
     if (pieces) return body(int64_t{0}, n, true);
@@ -119,13 +139,13 @@ void normalise_group(const Normalization<T>& p, int64_t g, T* scratch) {
   }
   finish(p.y);
   for (int64_t i = 0; i < p.k; ++i) {
-    const T* moved = p.dx == nullptr ? nullptr : fetch(p.dx + i * all);
-    T* tangents = place(p.dy + i * all);
+    const T* moved = fetch_tangents(i);
+    T* tangents = place_tangents(i);
     T shift = T(0), turn = T(0);  // mean(dx) and mean(dx x^)
     if (moved != nullptr && p.given_mean == nullptr) {
       double sum = 0, product = 0;
       for (int64_t o = 0; o < outer; ++o) {
-        const T* dx = moved + o * stride;
+        const T* dx = moved + o * in_stride;
         const T* h = hat + o * inner;
         if (p.centred) sum += total<T>(inner, [=](int64_t j) { return dx[j]; });
         product += total<T>(inner, [=](int64_t j) { return dx[j] * h[j]; });
@@ -134,8 +154,8 @@ void normalise_group(const Normalization<T>& p, int64_t g, T* scratch) {
     }
     const Affine<T> dw = affine(p, p.dweight, i, g), db = affine(p, p.dbias, i, g);
     for (int64_t o = 0; o < outer; ++o) {
-      const T* dx = moved == nullptr ? nullptr : moved + o * stride;
-      T* dy = tangents + o * stride;
+      const T* dx = moved == nullptr ? nullptr : moved + o * in_stride;
+      T* dy = tangents + o * out_stride;
       const T* h = hat + o * inner;
       runs([&](int64_t from, int64_t to, bool constant) {
         if (constant) {
@@ -160,7 +180,7 @@ void normalise_group(const Normalization<T>& p, int64_t g, T* scratch) {
         }
       });
     }
-    finish(p.dy + i * all);
+    finish_tangents(i);
   }
 }
 

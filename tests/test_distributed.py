@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from example_cases import EXAMPLES
 from helpers import relative_error
 from ranks import outcomes
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import frog_cuda as frog
 from frog_cuda.distributed import TangentParallel
@@ -218,12 +219,13 @@ def case_resumed():
 # Data shards
 
 
-def shards(options: dict, shape: tuple[int, int], names=("data", "tangent"), make=net, rows: int = ROWS) -> None:
+def shards(options: dict, mesh: DeviceMesh, combine: str = "auto", rows: int = ROWS) -> None:
     """A mesh against a single process on the whole batch."""
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    here, count = mesh.get_local_rank("data"), shape[names.index("data")]
-    alone, model = make().double(), make(dist.get_rank()).double()
-    parallel = TangentParallel(estimator(model, **options), mesh=mesh, check_every=1)
+    names = mesh.mesh_dim_names
+    here, count = mesh.get_coordinate()[names.index("data")], mesh["data"].size()
+    first = int(mesh.mesh.flatten()[0])  # whose parameters all get
+    alone, model = net(first).double(), net(dist.get_rank()).double()
+    parallel = TangentParallel(estimator(model, **options), mesh=mesh, combine=combine, check_every=1)
     single = estimator(alone, **options)
     for step in range(2):
         x, y = data(step, rows * count)
@@ -242,27 +244,29 @@ def shards(options: dict, shape: tuple[int, int], names=("data", "tangent"), mak
     assert all(torch.equal(every[0], other) for other in every)
 
 
-def shapes():
-    world = dist.get_world_size()
-    return [(world, 1)] if world == 2 else [(2, 2), (4, 1)]
+def meshes() -> list[DeviceMesh]:
+    world, names = dist.get_world_size(), ("data", "tangent")
+    found = [init_device_mesh("cpu", (world, 1), mesh_dim_names=names)]
+    if world == 4:
+        found.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=names))
+        found.append(init_device_mesh("cpu", (2, 2), mesh_dim_names=names[::-1]))
+        found.append(DeviceMesh("cpu", [[2, 0], [1, 3]], mesh_dim_names=names))
+    return found
 
 
 def case_data_shards_weight():
-    for shape in shapes():
-        shards({"perturb": "weight"}, shape)
-        shards({"perturb": "weight", "aggregate": "mean", "tangents": "rademacher"}, shape)
+    for mesh in meshes():
+        for combine in ("replay", "slices"):
+            shards({"perturb": "weight"}, mesh, combine)
+        shards({"perturb": "weight", "aggregate": "mean", "tangents": "rademacher"}, mesh)
 
 
 def case_data_shards_activity():
-    for shape in shapes():
-        shards({"perturb": "activity"}, shape)
-        shards({"perturb": "activity", "per_sample": False}, shape)
-        shards({"perturb": "activity", "per_sample": False, "aggregate": "mean"}, shape)
-        shards({"perturb": "activity", "scaling_correction": True}, shape)
-
-
-def case_mesh_the_other_way_round():
-    shards({"perturb": "weight"}, shapes()[0][::-1], names=("tangent", "data"))
+    for mesh in meshes():
+        shards({"perturb": "activity"}, mesh)
+        shards({"perturb": "activity", "per_sample": False}, mesh)
+        shards({"perturb": "activity", "per_sample": False, "aggregate": "mean"}, mesh)
+        shards({"perturb": "activity", "scaling_correction": True}, mesh)
 
 
 def case_buffers_of_the_first_shard():
@@ -428,11 +432,14 @@ CASES = [case for name, case in sorted(globals().items()) if name.startswith("ca
 
 @functools.cache
 def ran(world: int) -> dict[str, str]:
-    return outcomes(world, CASES)
+    return outcomes(world, [*CASES, *EXAMPLES[world]])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.__name__.removeprefix("case_"))
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [(world, case) for world in EXAMPLES for case in (*CASES, *EXAMPLES[world])],
+    ids=lambda v: v.__name__.removeprefix("case_") if callable(v) else str(v),
+)
 def test_processes(world, case):
     assert not (failure := ran(world)[case.__name__]), failure
 

@@ -1,4 +1,4 @@
-"""Tangents in parallel: processes that exchange k numbers a step, not gradients."""
+"""Tangents in parallel: processes that exchange k numbers a step, not gradients. See docs/distributed.md."""
 
 from __future__ import annotations
 

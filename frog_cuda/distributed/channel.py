@@ -21,13 +21,14 @@ class Channel:
     """A process group made of ``ranks``, for this package alone, so that its timeout is known.
 
     Arguments:
-        ranks: ranks of the default group, this process among them. All of them make the channel at the same time.
+        ranks: ranks of the default group, this process among them. All of them make the channel at the same time. The first
+            one is the one that broadcasts; gathered tensors are in the order of their numbers, as torch.distributed has it.
         device: of the tensors that users hand in; a copy travels where the backend needs it elsewhere.
         timeout: seconds that a collective operation may take.
     """
 
     def __init__(self, ranks: Sequence[int], device: torch.device, timeout: float) -> None:
-        self.ranks, self.timeout = list(ranks), timeout
+        self.ranks, self.timeout, self._source = sorted(ranks), timeout, ranks[0]
         self.size, self.rank = len(self.ranks), self.ranks.index(dist.get_rank())
         self._device = torch.device("cpu")
         self._group: dist.ProcessGroup | None = None
@@ -70,8 +71,8 @@ class Channel:
             return
         travelling = tensor.to(self._device, copy=True).contiguous()
         with self._answering(what):
-            dist.broadcast(travelling, self.ranks[0], self._group)
-        if self.rank > 0:
+            dist.broadcast(travelling, self._source, self._group)
+        if dist.get_rank() != self._source:
             tensor.copy_(travelling)
 
     @contextmanager

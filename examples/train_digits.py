@@ -1,0 +1,136 @@
+"""Trains on handwritten digits without a backward pass, the tangents of each step spread over processes. Survives killed ranks.
+
+One machine, four processes, one thread each:
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=4 --max-restarts=3 examples/train_digits.py --folder run
+
+Four machines with eight GPUs each, the batch in four shards; the same command on every machine, HOST the name of the first one:
+
+    torchrun --nnodes=4 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29400 --rdzv-id=digits --max-restarts=3 \\
+        examples/train_digits.py --folder /shared/run --model resnet18 --device cuda --data-shards 4
+
+Without torchrun it runs as a single process; on CPUs the losses are then the same, to the bit. Where a rank is lost, the others
+raise an error within --timeout, torchrun starts all of them anew, and they go on from the newest checkpoint that is whole;
+started again by hand, it does so too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import frog_cuda as frog
+from frog_cuda.distributed import Checkpoints, TangentParallel
+from frog_cuda.experiments import digits, models
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="of losses.txt and the checkpoints; read by every rank")
+    parser.add_argument("--model", choices=("fc", "resnet18"), default="fc")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--perturb", choices=("activity", "weight"), default="activity")
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=64, help="rows of a step, over all data shards")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--lr", type=float, default=0.003)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint-every", type=int, default=50)
+    parser.add_argument("--data-shards", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a silent rank counts as lost")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser.parse_args(arguments)
+
+
+def batch_of(step: int, size: int, data: digits.Digits, seed: int) -> tuple[Tensor, Tensor]:
+    """Depends on nothing but the step, so that a resumed run sees what the uninterrupted one saw."""
+    n = len(data.train_y)
+    epoch, at = divmod(step, n // size)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    chosen = order[at * size : (at + 1) * size]
+    return data.train_x[chosen].view(-1, 1, 8, 8), data.train_y[chosen]
+
+
+def accuracy(model: nn.Module, data: digits.Digits, device: torch.device) -> float:
+    model.eval()
+    with torch.no_grad():
+        guess = model(data.test_x.view(-1, 1, 8, 8).to(device)).argmax(1).cpu()
+    return (guess == data.test_y).float().mean().item()
+
+
+def train(options: argparse.Namespace) -> None:
+    several = dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    device = (
+        torch.device(options.device, int(os.environ.get("LOCAL_RANK", 0))) if options.device == "cuda" else torch.device("cpu")
+    )
+    torch.manual_seed(options.seed)
+    model = models.build(options.model, (1, 8, 8), digits.CLASSES, width=options.width).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
+    loss_fn = nn.CrossEntropyLoss(reduction="none")
+    # BatchNorm makes samples depend on each other, see the limits of activity perturbation
+    fg = frog.ForwardGradient(
+        model, loss_fn, k=options.k, perturb=options.perturb, per_sample=options.model == "fc", seed=options.seed
+    )
+
+    checkpoints = Checkpoints(options.folder / "checkpoints")
+    first, shard, rows = 0, 0, options.batch // options.data_shards
+    found = checkpoints.load()
+    if found is not None:
+        first, state = found
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        fg.load_state_dict(state["fg"])
+    estimate: Any = fg
+    if several:
+        shape = (options.data_shards, world // options.data_shards)
+        mesh = init_device_mesh(options.device, shape, mesh_dim_names=("data", "tangent"))
+        estimate, shard = TangentParallel(fg, mesh=mesh, timeout=options.timeout), mesh.get_local_rank("data")
+    if rank == 0:
+        print(f"{world} processes, from step {first} of {options.steps}", flush=True)
+
+    data = digits.load()
+    log = os.open(options.folder / "losses.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for step in range(first, options.steps):
+        x, y = (t[shard * rows : (shard + 1) * rows].to(device) for t in batch_of(step, options.batch, data, options.seed))
+        optimizer.zero_grad()
+        loss = estimate(x, y)
+        optimizer.step()
+        if rank == 0:
+            os.write(log, f"{step} {loss.item().hex()}\n".encode())
+            if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.steps:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "fg": fg.state_dict()}
+                checkpoints.save(step + 1, state)
+    os.close(log)
+    if several:
+        estimate.check()
+    if rank == 0:
+        print(f"test accuracy {accuracy(model, data, device):.3f} after {options.steps} steps", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("frog_cuda").setLevel(logging.INFO)  # the cost rule of combine="auto"
+    if "RANK" in os.environ:
+        limit = timedelta(seconds=options.timeout)
+        dist.init_process_group("nccl" if options.device == "cuda" else "gloo", timeout=limit)
+        if options.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    train(options)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

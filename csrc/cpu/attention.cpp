@@ -2,7 +2,7 @@
 // in memory: extra memory is that of K and V and their tangents (packed), plus a few hundred KiB for each thread. Short
 // sequences are packed head by head, in cache. Inputs are read as they are strided, so that queries, keys and values
 // cut from one projection need no copy; results lie in memory as [B, L, H, Dv], which a layer that joins the heads
-// again views as rows, and out and dout are neighbours.
+// again views as rows, and out and dout are neighbours where they have one dtype.
 //
 // With p_ij = exp(s_ij - max_i), l_i = sum_j p_ij and the score tangents ds = scale (dQ K^T + Q dK^T):
 //   out_i  = (sum_j p_ij v_j) / l_i
@@ -15,6 +15,7 @@
 #include <limits>
 
 #include "../arguments/attention.h"
+#include "blocks.h"
 #include "product.h"
 
 namespace frog {
@@ -85,23 +86,31 @@ struct Mask {
   std::array<int64_t, 4> strides{};  // over batch, head, query, key; 0 where broadcast
 };
 
-// A tensor [k, B, H, L, D] (k: 1 for a primal) whose last axis is dense; data null where it was not given.
+// A tensor [k, B, H, L, D] (k: 1 for a primal) of T, or of bfloat16 where T is float, whose last axis is dense.
 template <class T>
 struct Heads {
-  const T* data = nullptr;
-  int64_t tangent = 0, batch = 0, head = 0, row = 0;  // strides
+  const void* data = nullptr;  // null where it was not given
+  bool low = false;
+  int64_t tangent = 0, batch = 0, head = 0, row = 0, width = 0;  // strides; elements of a row
 
   Heads() = default;
   explicit Heads(const std::optional<Tensor>& t) {
     if (!t) return;
-    data = static_cast<const T*>(t->const_data_ptr());
+    data = t->const_data_ptr(), low = t->scalar_type() == ScalarType::BFloat16;
     const int64_t d = t->dim();
     tangent = d == 5 ? t->stride(0) : 0;
-    batch = t->stride(d - 4), head = t->stride(d - 3), row = t->stride(d - 2);
+    batch = t->stride(d - 4), head = t->stride(d - 3), row = t->stride(d - 2), width = t->size(d - 1);
   }
   explicit operator bool() const { return data != nullptr; }
-  const T* at(int64_t i, int64_t b, int64_t h, int64_t r) const {
-    return data + i * tangent + b * batch + h * head + r * row;
+  // Rows r .. r + n as T, *ld apart: in place, or widened into scratch [n, width].
+  const T* rows(int64_t i, int64_t b, int64_t h, int64_t r, int64_t n, T* scratch, int64_t* ld) const {
+    const int64_t at = i * tangent + b * batch + h * head + r * row;
+    *ld = low ? width : row;
+    if constexpr (std::is_same_v<T, float>) {
+      const uint16_t* from = static_cast<const uint16_t*>(data) + at;
+      for (int64_t j = 0; low && j < n; ++j) simd().widen_bf16(from + j * row, width, scratch + j * width);
+    }
+    return low ? scratch : static_cast<const T*>(data) + at;
   }
 };
 
@@ -109,7 +118,8 @@ template <class T>
 struct Problem {
   int64_t batch, heads, kv_heads, queries, keys, depth, width, k;
   Heads<T> q, dq, key, dkey, v, dv;  // [B, H, L, D], [k, B, H, L, D], [B, Hkv, S, D], [k, ..], [B, Hkv, S, Dv]
-  T* out;                            // [1 + k, B, L, H, Dv]
+  T *out, *dout;                     // [B, L, H, Dv], [k, B, L, H, Dv]
+  uint16_t* low_dout;                // dout in bfloat16, where that is null
   Mask mask;
   bool causal;
   T scale;
@@ -175,14 +185,16 @@ struct Packed {
   int64_t sets() const { return kt_sets + v_sets; }
   // packs set 0 .. sets() of the pair b, h into place `pair`
   void pack_set(const Problem<T>& p, int64_t b, int64_t h, int64_t set, int64_t pair) {
-    if (set < kt_sets) {
-      const Heads<T>& from = set == 0 ? p.key : p.dkey;
-      kt.pack_transposed(from.at(set - (set > 0), b, h, 0), from.row,
-                         kt_data.data() + (set * pairs + pair) * kt.size());
+    const bool keys = set < kt_sets;
+    const int64_t at = keys ? set : set - kt_sets;
+    const Heads<T>& from = keys ? (at == 0 ? p.key : p.dkey) : at == 0 ? p.v : p.dv;
+    Scratch<T> wide(from.low ? p.keys * from.width : 0);
+    int64_t ld;
+    const T* rows = from.rows(at - (at > 0), b, h, 0, p.keys, wide.data(), &ld);
+    if (keys) {
+      kt.pack_transposed(rows, ld, kt_data.data() + (at * pairs + pair) * kt.size());
     } else {
-      const int64_t at = set - kt_sets;
-      const Heads<T>& from = at == 0 ? p.v : p.dv;
-      v.pack_straight(from.at(at - (at > 0), b, h, 0), from.row, v_data.data() + (at * pairs + pair) * v.size());
+      v.pack_straight(rows, ld, v_data.data() + (at * pairs + pair) * v.size());
     }
   }
   const T* kt_at(int64_t set, int64_t pair) const { return kt_data.data() + (set * pairs + pair) * kt.size(); }
@@ -211,10 +223,11 @@ void attend_block(const Problem<T>& p, const Packed<T>& packed, int64_t pair, Wo
   const int64_t k = p.k, wide = packed.v.padded, block = p.block();
   const int64_t stacked = p.dq ? (1 + k) * rows : rows;
   for (int64_t g = 0; g < stacked / rows; ++g) {
+    T* to = s.q.data() + g * rows * p.depth;
+    int64_t ld;
+    const T* from = (g == 0 ? p.q : p.dq).rows(g - (g > 0), b, h, q0, rows, to, &ld);
     for (int64_t r = 0; r < rows; ++r) {
-      const T* from = g == 0 ? p.q.at(0, b, h, q0 + r) : p.dq.at(g - 1, b, h, q0 + r);
-      T* to = s.q.data() + (g * rows + r) * p.depth;
-      for (int64_t j = 0; j < p.depth; ++j) to[j] = p.scale * from[j];
+      for (int64_t j = 0; j < p.depth; ++j) to[r * p.depth + j] = p.scale * from[r * ld + j];
     }
   }
   std::fill(s.max.begin(), s.max.end(), -std::numeric_limits<T>::infinity());
@@ -248,13 +261,17 @@ void attend_block(const Problem<T>& p, const Packed<T>& packed, int64_t pair, Wo
     const T inverse = s.sum[r] == T(0) ? T(0) : T(1) / s.sum[r];  // a row that attends to nothing: zeros
     const int64_t each = p.batch * p.heads * p.queries * p.width;
     const T* value = out + r * wide;
-    T* target = p.out + ((b * p.queries + q0 + r) * p.heads + h) * p.width;
+    const int64_t at = ((b * p.queries + q0 + r) * p.heads + h) * p.width;
+    T* target = p.out + at;
     for (int64_t j = 0; j < p.width; ++j) target[j] = value[j] * inverse;
     for (int64_t i = 0; i < k; ++i) {
-      const T* moved = out + ((1 + i) * rows + r) * wide;
+      T* moved = out + ((1 + i) * rows + r) * wide;
       const T shift = s.shift[i * rows + r];
-      T* tangent = target + (1 + i) * each;
+      T* tangent = p.low_dout ? moved : p.dout + i * each + at;
       for (int64_t j = 0; j < p.width; ++j) tangent[j] = (moved[j] - shift * target[j]) * inverse;
+      if constexpr (std::is_same_v<T, float>) {
+        if (p.low_dout) simd().narrow_bf16(tangent, p.width, p.low_dout + i * each + at);
+      }
     }
   }
 }
@@ -299,9 +316,9 @@ void run(const Problem<T>& p) {
   });
 }
 
-// In the compute type, its last axis dense.
+// In the compute type, or bfloat16 as it is where that is float; its last axis dense.
 Tensor prepare(const Tensor& t, ScalarType compute) {
-  const Tensor converted = to_dtype(t, compute);
+  const Tensor converted = reads_low(t.scalar_type(), compute) ? t : to_dtype(t, compute);
   return converted.stride(converted.dim() - 1) == 1 ? converted : torch::stable::contiguous(converted);
 }
 
@@ -335,26 +352,41 @@ std::tuple<Tensor, Tensor> attention_jvp(const Tensor& query, const std::optiona
   const std::optional<Tensor> dq = prepare(dquery, compute), dk = prepare(dkey, compute), dv = prepare(dvalue, compute);
   const Tensor q = prepare(query, compute), kk = prepare(key, compute), v = prepare(value, compute);
   const std::vector<int64_t> shape{query.size(0), query.size(2), query.size(1), value.size(3)};  // [B, L, H, Dv]
-  std::vector<int64_t> stacked = shape, moved_shape = shape;
-  stacked.insert(stacked.begin(), 1 + k), moved_shape.insert(moved_shape.begin(), k);
-  Tensor both = new_tensor(q, stacked, compute);
-  const int64_t numel = both.numel() / (1 + k);
-  const Tensor out = torch::stable::transpose(part_of(both, 0, shape), 1, 2);
-  const Tensor dout = torch::stable::transpose(part_of(both, numel, moved_shape), 2, 3);
+  const ScalarType moved = (dquery ? *dquery : dkey ? *dkey : *dvalue).scalar_type();
+  const bool low = reads_low(moved, compute);
+  auto [out, dout] = new_dual(q, shape, k, compute, low ? moved : compute);
   const Mask m = prepare_mask(mask);
-  const auto go = [&](auto zero) {
+  const auto go = [&, &out = out, &dout = dout](auto zero) {
     using T = decltype(zero);
-    run(Problem<T>{q.size(0), q.size(1), kk.size(1), q.size(2), kk.size(2), q.size(3), v.size(3), k, Heads<T>(q),
-                   Heads<T>(dq), Heads<T>(kk), Heads<T>(dk), Heads<T>(v), Heads<T>(dv),
-                   static_cast<T*>(both.mutable_data_ptr()), m, is_causal, static_cast<T>(scale)});
+    void* tangents = dout.mutable_data_ptr();
+    run(Problem<T>{q.size(0),
+                   q.size(1),
+                   kk.size(1),
+                   q.size(2),
+                   kk.size(2),
+                   q.size(3),
+                   v.size(3),
+                   k,
+                   Heads<T>(q),
+                   Heads<T>(dq),
+                   Heads<T>(kk),
+                   Heads<T>(dk),
+                   Heads<T>(v),
+                   Heads<T>(dv),
+                   static_cast<T*>(out.mutable_data_ptr()),
+                   low ? nullptr : static_cast<T*>(tangents),
+                   low ? static_cast<uint16_t*>(tangents) : nullptr,
+                   m,
+                   is_causal,
+                   static_cast<T>(scale)});
   };
   if (compute == ScalarType::Double) {
     go(double{});
   } else {
     go(float{});
   }
-  const Tensor& moved = dquery ? *dquery : dkey ? *dkey : *dvalue;
-  return {to_dtype(out, query.scalar_type()), to_dtype(dout, moved.scalar_type())};
+  return {to_dtype(torch::stable::transpose(out, 1, 2), query.scalar_type()),
+          to_dtype(torch::stable::transpose(dout, 2, 3), moved)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) { m.impl("attention_jvp", TORCH_BOX(&attention_jvp)); }

@@ -14,6 +14,11 @@ inline bool any_double(std::initializer_list<const Tensor*> tensors) {
   return false;
 }
 
+/// Whether a kernel that computes in `compute` reads or writes tangents of this type itself, row by row.
+inline bool reads_low(ScalarType type, ScalarType compute) {
+  return type == ScalarType::BFloat16 && compute == ScalarType::Float;
+}
+
 template <class C>
 constexpr ScalarType scalar_type_of() {
   return sizeof(C) == sizeof(float) ? ScalarType::Float : ScalarType::Double;

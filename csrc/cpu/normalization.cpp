@@ -56,10 +56,6 @@ std::optional<Tensor> prepare(const char* name, const std::optional<Tensor>& t, 
   return torch::stable::contiguous(to_dtype(*t, compute));
 }
 
-bool is_low(ScalarType type, ScalarType compute) {
-  return type == ScalarType::BFloat16 && compute == ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalization_jvp(
     const Tensor& x, const std::optional<Tensor>& dx, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& dweight, const std::optional<Tensor>& bias, const std::optional<Tensor>& dbias,
@@ -71,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> normalization_jvp(
   const int64_t inner = sizes.inner, k = sizes.k, weight_inner = sizes.weight_inner;
   const ScalarType compute = sizes.compute;
   const std::vector<int64_t>&dx_shape = sizes.dx_shape, &w_shape = sizes.w_shape, &dw_shape = sizes.dw_shape;
-  const bool low_in = dx && is_low(dx->scalar_type(), compute), low_out = is_low(sizes.result, compute);
+  const bool low_in = dx && reads_low(dx->scalar_type(), compute), low_out = reads_low(sizes.result, compute);
   const auto x_ = prepare("x", x, shape_of(x), compute);
   const auto dx_ = prepare("dx", dx, dx_shape, low_in ? ScalarType::BFloat16 : compute);
   const auto w_ = prepare("weight", weight, w_shape, compute), dw_ = prepare("dweight", dweight, dw_shape, compute);

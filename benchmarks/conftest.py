@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -14,19 +15,26 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))  # frog_cuda as it lies here, installed or not
 
 import torch
+from report_tables import circumstances
 
 QUICK_SECONDS, SECONDS = 0.25, 1.5  # spent on one case and on what it is compared with
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("frog_cuda")
-    group.addoption("--widths", default="256,1024,4096", help="widths of the nets, separated by commas")
+    group.addoption("--models", default="fc256", help="names of models, separated by commas")
     group.addoption("--k", default="1,2,4,16", help="numbers of tangents, separated by commas")
-    group.addoption("--models", default="resnet18,vit,gpt256,gpt1024", help="names of models, separated by commas")
-    group.addoption("--model-k", default="1,4,16", help="numbers of tangents for models, separated by commas")
     group.addoption("--lengths", default="512,1024,2048", help="lengths of sequences for attention, separated by commas")
     group.addoption("--quick", action="store_true", help="fewer rounds")
     group.addoption("--rounds", type=int, help="so many rounds of each case, instead of as many as fit its time")
+    group.addoption("--deadline", type=float, help="time.time() after which no case begins")
+    group.addoption("--records", type=Path, help="file that gets every record as a line of JSON")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    deadline = item.config.getoption("--deadline")
+    if deadline is not None and time.time() > deadline:
+        pytest.skip("no time left")
 
 
 def numbers(text: str) -> list[int]:
@@ -47,17 +55,32 @@ def single_thread() -> Iterator[None]:
 
 
 Compare = Callable[..., None]
+Times = Callable[..., dict[str, Any]]
+Keep = Callable[..., None]
 
 
 @pytest.fixture
-def compare(request: pytest.FixtureRequest, benchmark: Any, seconds: float) -> Compare:
-    """``compare(fn, against, **extra)``: times both in turns, so that what else the machine does cancels out.
+def keep(request: pytest.FixtureRequest) -> Keep:
+    """``keep(**record)``: a line of JSON with what was measured and when; what a process wrote stays if it dies."""
+    file = request.config.getoption("--records")
+
+    def write(**record: Any) -> None:
+        if file is not None:
+            with file.open("a") as lines:
+                lines.write(json.dumps({**record, **circumstances()}) + "\n")
+
+    return write
+
+
+@pytest.fixture
+def times(request: pytest.FixtureRequest, benchmark: Any, seconds: float) -> Times:
+    """``times(fn, against)``: times both in turns, so that what else the machine does cancels out.
 
     ``fn`` is what pytest-benchmark reports; ``against`` runs in the set-up of every round. Calls shorter than a millisecond are
-    repeated within a round. The median times of one call and the median of the rounds' ratios go into ``extra_info``.
+    repeated within a round. Returns the median times of one call and the median of the rounds' ratios.
     """
 
-    def run(fn: Callable[[], Any], against: Callable[[], Any], *, min_rounds: int = 3, **extra: Any) -> None:
+    def run(fn: Callable[[], Any], against: Callable[[], Any], *, min_rounds: int = 3) -> dict[str, Any]:
         fixed = request.config.getoption("--rounds")
         inner = [max(1, int(1e-3 / _once(f))) for f in (fn, against)]
         # once more, now that nothing is cold
@@ -76,17 +99,24 @@ def compare(request: pytest.FixtureRequest, benchmark: Any, seconds: float) -> C
                 fn()
 
         benchmark.pedantic(body, setup=setup, rounds=rounds, iterations=1, warmup_rounds=1)
-        if benchmark.stats is None:  # --benchmark-disable
-            return
         own = [t / inner[0] for t in benchmark.stats.stats.data]
         others = others[-len(own) :]  # without the warm-up
-        benchmark.extra_info.update(
-            extra,
-            time=statistics.median(own),
-            against=statistics.median(others),
-            ratio=statistics.median(a / b for a, b in zip(own, others, strict=True)),
-            rounds=len(own),
-        )
+        return {
+            "time": statistics.median(own),
+            "against": statistics.median(others),
+            "ratio": statistics.median(a / b for a, b in zip(own, others, strict=True)),
+            "rounds": len(own),
+        }
+
+    return run
+
+
+@pytest.fixture
+def compare(times: Times, keep: Keep) -> Compare:
+    """``compare(fn, against, **extra)``: times both in turns and keeps the record."""
+
+    def run(fn: Callable[[], Any], against: Callable[[], Any], *, min_rounds: int = 3, **extra: Any) -> None:
+        keep(**extra, **times(fn, against, min_rounds=min_rounds))
 
     return run
 

@@ -1,7 +1,7 @@
 """Peak memory of one gradient, or of one call of attention: by how much the resident set of a fresh process grows meanwhile.
 
 Each case runs in a process of its own, forked from a server that has imported torch and nothing more. There the method first
-runs once on a net of width 16, or a short sequence (threads, libraries, code pages), the real net and batch are made, freed
+runs once on a tiny model, or a short sequence (threads, libraries, code pages), the real net and batch are made, freed
 memory is returned to the system, and the high-water mark of the resident set (VmHWM) is reset. Then the method is called once.
 The result counts all that the call allocates: activations, tangents, buffers of the libraries and the result itself, such as
 the gradient (n x 4 bytes; ``update`` has none). Linux only.
@@ -15,10 +15,11 @@ import multiprocessing
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-WARM_UP_WIDTH, WARM_UP_LENGTH = 16, 64
-UPDATE = "weight, normal, update_"
+WARM_UP_LENGTH = 64
+UPDATE = ", update_"
 
 
 def supported() -> bool:
@@ -30,13 +31,16 @@ def supported() -> bool:
     return "VmHWM" in STATUS.read_text()
 
 
-def peak_growth(method: str, width: int, k: int) -> int:
-    """Bytes by which one gradient by ``method`` raises the peak resident set.
+def peak_growth(method: str, model: str, k: int) -> int:
+    """Bytes by which one gradient by ``method`` raises the peak resident set; with ", update_" behind its name, one step of SGD
+    that keeps no gradient.
 
     Raises:
         RuntimeError: the process that measured died.
     """
-    return _in_a_process(f"{method}, width {width}, k {k}", _gradient, (method, width, k), WARM_UP_WIDTH)
+    from problems import tiny
+
+    return _in_a_process(f"{method}, {model}, k {k}", _gradient, (method, model, k), tiny(model))
 
 
 def attention_growth(name: str, length: int, k: int) -> int:
@@ -44,12 +48,12 @@ def attention_growth(name: str, length: int, k: int) -> int:
     return _in_a_process(f"{name}, length {length}, k {k}", _attention, (name, length, k), WARM_UP_LENGTH)
 
 
-Prepare = Callable[[str, int, int], Callable[[], object]]
+Prepare = Callable[[str, Any, int], Callable[[], object]]
 
 
-def _in_a_process(what: str, prepare: Prepare, arguments: tuple[str, int, int], small: int) -> int:
+def _in_a_process(what: str, prepare: Prepare, arguments: tuple[str, Any, int], small: Any) -> int:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cases"])
+    context.set_forkserver_preload(["alternatives"])
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(send, prepare, arguments, small))
     process.start()
@@ -63,19 +67,13 @@ def _in_a_process(what: str, prepare: Prepare, arguments: tuple[str, int, int], 
         process.join()
 
 
-def _gradient(name: str, width: int, k: int) -> Callable[[], object]:
-    from cases import WeightNormal, by_name, problem
+def _gradient(name: str, model: str, k: int) -> Callable[[], object]:
+    from alternatives import by_name
+    from problems import Problem
 
-    p = problem(width)
-    if name != UPDATE:
-        return by_name(name)(p, k)
-    step = WeightNormal(p, k)
-
-    def update() -> None:
-        step.fg.derivatives(p.x, p.target)
-        step.fg.update_(1e-3)
-
-    return update
+    method = by_name(name.removesuffix(UPDATE))
+    step = method(Problem(model), k) if k else method(Problem(model))
+    return step.update if name.endswith(UPDATE) else step  # type: ignore[attr-defined]
 
 
 def _attention(name: str, length: int, k: int) -> Callable[[], object]:
@@ -84,7 +82,7 @@ def _attention(name: str, length: int, k: int) -> Callable[[], object]:
     return prepare(name, length, k)
 
 
-def _measure(send: Connection, prepare: Prepare, arguments: tuple[str, int, int], small: int) -> None:
+def _measure(send: Connection, prepare: Prepare, arguments: tuple[str, Any, int], small: Any) -> None:
     import torch
 
     name, size, k = arguments

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
+
+
+def circumstances() -> Record:
+    """When something was measured, and the load of the machine in the minute before (programs that run or wait for a core, the
+    measured one included)."""
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
+    return {"measured": now, "load": round(os.getloadavg()[0], 1)}
 
 
 def find(records: Sequence[Record], **wanted: Any) -> Record | None:

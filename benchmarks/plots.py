@@ -64,6 +64,7 @@ def _cosine(axes: Any, records: Sequence[Record], model: str) -> None:
 
 
 PLOTS: dict[str, Draw] = {"time": _time, "memory": _memory, "cosine": _cosine}
+VALUES = {"time": "ratio", "memory": "bytes", "cosine": "cosine"}
 KINDS = {"time": "gradient", "memory": "memory", "cosine": "gradient"}
 
 
@@ -77,7 +78,11 @@ def write(folder: Path, records: Sequence[Record]) -> list[str]:
 
     names = []
     for kind, draw in PLOTS.items():
-        models = list(dict.fromkeys(r["model"] for r in records if r["table"] == KINDS[kind] and r["method"] in STYLES))
+        models = list(
+            dict.fromkeys(
+                r["model"] for r in records if r["table"] == KINDS[kind] and r["method"] in STYLES and VALUES[kind] in r
+            )
+        )
         if not models:
             continue
         columns = min(3, len(models))

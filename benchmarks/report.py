@@ -156,7 +156,7 @@ def markdown(machine: Record, records: Sequence[Record]) -> str:
         "# Figures, operators and parts of a step",
         f"Written by `python benchmarks/run.py`. {about}.",
         "Times are medians. Each case ran in turns with what it is compared with; ratios are medians over these pairs, so they "
-        "hold while other programs use the machine. Every result was checked after it was timed. Gradients of models, memory "
+        "bear a little other load on the machine. Every result was checked after it was timed. Gradients of models, memory "
         "and scaling: [docs/benchmarks.md](../../docs/benchmarks.md).",
         "## Figures",
         figure_table(lines),

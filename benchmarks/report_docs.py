@@ -32,8 +32,8 @@ One gradient of each model, by this package and by what could be used instead. `
 its plots and `benchmarks/results/`; `make bench ARGS=--quick` takes minutes. A run adds to the results that are there, so it
 can be done in pieces: `make bench ARGS="--models vit --parts gradients,memory"`. The run fails where a timed result is wrong.
 
-{about}. Numbers: [{file}](../benchmarks/results/{file}). Measured from {first} to {last} (UTC), with a
-median of {load:.1f} programs running or waiting for a core, the measured one included. Figures aimed at, operators and
+{about}. Numbers: [{file}](../benchmarks/results/{file}). Measured from {first} to {last}
+(UTC){load}. Figures aimed at, operators and
 attention are in [the report beside it](../benchmarks/results/{report}).
 
 ## How to read it
@@ -41,8 +41,8 @@ attention are in [the report beside it](../benchmarks/results/{report}).
 - Models: `fc` and a width w are 784-w-w-10 ReLU nets at batch 64; LeNet5 at batch 64; ResNet18, vision transformer and
   MLP-Mixer for images of 3x32x32 at batch 32; `gpt` and a length T are decoders of 4 layers of width 128, with 1024 tokens in a
   batch. Float32. Batch normalisation keeps no running statistics, which `vmap` cannot write.
-- **x backprop**: time, the median over rounds in which a method and backprop took turns; it holds on a busy machine.
-  **ms**: median, does not.
+- **x backprop**: time, the median over rounds in which a method and backprop took turns; it bears a little other load
+  on the machine, not an overloaded one. **ms**: median, bears none.
 - **FLOPs**: of matrix products, in units of backprop's. Counted by `torch.utils.flop_counter` as a method runs; closed form
   (marked c) where the counter cannot see: compiled operators, `torch.compile` and JAX (`benchmarks/floors.py`).
 - **peak MiB**: by how much one call raises the resident set of a fresh process, the gradient included. ", update_" behind a
@@ -127,8 +127,8 @@ def left_out(records: Sequence[Record]) -> str:
 def comparison(records: Sequence[Record], model: str) -> Record | None:
     """Backprop beside this package's best case by cosine per second, cheapest in time, and smallest in memory."""
     base = find(records, table="gradient", model=model, method="backprop", part="gradient")
-    ours = [r for r in _gradients(records, model) if r["method"] in OUR_NAMES and r["part"] == "gradient"]
-    if base is None or not ours:
+    ours = [r for r in _gradients(records, model) if r["method"] in OUR_NAMES and "cosine" in r]
+    if base is None or "cosine" not in base or not ours:
         return None
     peaks = [r for r in records if r["table"] == "memory" and r["model"] == model]
     plain = find(peaks, method="backprop")
@@ -191,12 +191,16 @@ def backprop_wins(records: Sequence[Record], models: Sequence[str]) -> str:
 
 def page(file: str, machine: Record, records: Sequence[Record], images: Sequence[str]) -> str:
     """The whole page. ``file``: name of the JSON."""
-    load = statistics.median(r["load"] for r in records)
-    dates = sorted(r["measured"] for r in records)
+    shown = [r for r in records if r["table"] in ("gradient", "memory", "scaling", "gram")]
+    loads = [r["load"] for r in shown if "load" in r]
+    load = f", with a median of {statistics.median(loads):.1f} programs running or waiting for a core" if loads else ""
+    dates = sorted(r["measured"] for r in shown)
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
     report = file.removesuffix("json") + "md"
     parts = [INTRODUCTION.format(about=about, file=file, report=report, first=dates[0], last=dates[-1], load=load)]
     models = list(dict.fromkeys(r["model"] for r in records if r["table"] == "gradient"))
+    if any(r["table"] == "gradient" and r["method"] == "backprop" and "cosine" not in r for r in records):
+        parts.append("Cases without cosine and FLOPs are results of an earlier version of these benchmarks.")
     if wins := backprop_wins(records, models):
         parts += ["## Where backprop wins", wins]
     captions = {
@@ -233,7 +237,7 @@ GRAM = (
 
 
 def write(folder: Path, file: str, machine: Record, records: Sequence[Record]) -> None:
-    if not records:
+    if not any(r["table"] in ("gradient", "memory", "scaling", "gram") for r in records):
         return
     folder.mkdir(parents=True, exist_ok=True)
     images = plots.write(folder, records)

@@ -125,7 +125,7 @@ def test_the_page_in_docs_is_what_the_results_say(tmp_path: Path, monkeypatch: p
     import report_docs
 
     text = (ROOT / "docs" / "benchmarks.md").read_text()
-    name = re.search(r"benchmarks/results/([^)]+\.json)\)", text)
+    name = re.search(r"benchmarks/results/([^)/\s]+\.json)\)", text)
     assert name is not None
     found = json.loads((FOLDER / "results" / name[1]).read_text())
     images = re.findall(r"\]\((benchmarks-\w+\.png)\)", text)

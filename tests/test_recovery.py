@@ -1,6 +1,6 @@
 """A rank that is killed or stops: an error on the others within the timeout; under torchrun, a run that goes on, bit for bit.
 
-FROG_KILLS sets how many ranks of one run are killed, 3 by default.
+FROG_KILLS sets how many ranks of one run are killed, 2 by default.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from frog_cuda.distributed import RankLost, TangentParallel
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "train_digits.py"
-KILLS = int(os.environ.get("FROG_KILLS", "3"))
+KILLS = int(os.environ.get("FROG_KILLS", "2"))
 TIMEOUT = 3.0
 
 

@@ -210,8 +210,19 @@ class TangentParallel:
         return self.fg.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` was taken; on every rank."""
+        """Goes on where :meth:`state_dict` was taken. Every rank calls it.
+
+        Raises:
+            TypeError, ValueError: as in :class:`~frog_cuda.ForwardGradient`, or the ranks were given different states; nothing
+            is changed then.
+        """
+        before = self.fg.state_dict()
         self.fg.load_state_dict(state)
+        try:
+            self._check_same_arguments()
+        except ValueError:
+            self.fg.load_state_dict(before)
+            raise
 
     def _check_same_arguments(self) -> None:
         fg, method = self.fg, self.fg._method

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import __version__, build_info
-from .experiments import MissingPackages, UsageError, angles, approximation, demo, functions, missing, train
+from .experiments import MissingPackages, UsageError, angles, approximation, demo, functions, lr_search, missing, train
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ COMMANDS = {
     "train": Command(
         "train networks on images with and without backprop (sections 4.4 and 4.5 of the paper)", train.add_arguments, train.run
     ),
+    "lr-search": Command("find learning rates, and write the table that train reads", lr_search.add_arguments, lr_search.run),
     "info": Command("versions, compiler and kernels of this installation", lambda parser: None, _info),
 }
 

@@ -29,7 +29,7 @@ from .rates import RateTable
 from .results import replace
 from .trainer import Settings, Trainer
 
-__all__ = ["add_arguments", "add_settings", "run", "settings_of", "train"]
+__all__ = ["add_arguments", "add_settings", "learning_rate", "run", "settings_of", "train"]
 
 FINISHED = ("all epochs", "no improvement", "diverged")
 BATCH = {"cifar10": 128, "svhn": 128}  # of the others: 64, as in the authors' experiments
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     add = parser.add_argument
     rates = parser.add_mutually_exclusive_group()
-    rates.add_argument("--lr", type=_rate, help="learning rate (default: from --lr-table)")
+    rates.add_argument("--lr", type=learning_rate, help="learning rate (default: from --lr-table)")
     rates.add_argument("--lr-table", type=Path, help="file that lr-search wrote (default: the one of this package)")
     add("--output", type=Path, default=Path("results/train"), help="a folder for each run is made there (default: %(default)s)")
     again = parser.add_mutually_exclusive_group()
@@ -365,7 +365,7 @@ def _count(text: str) -> int:
     return 0 if text == "0" else positive(text)
 
 
-def _rate(text: str) -> float:
+def learning_rate(text: str) -> float:
     try:
         value = float(text)
     except ValueError:

@@ -1,0 +1,251 @@
+"""``python -m frog_cuda lr-search``: learning rates for the experiments, found by trying.
+
+The paper (arXiv 2410.17764, section 4 and appendix) searched log10 of the learning rate in [-6, 0] with an asynchronous
+evolutionary algorithm, and a surrogate that aborts what is worse than twice the best. Here Optuna searches the same range,
+first at equal distances, then where its Parzen estimator expects to improve; :func:`twice_the_best` aborts in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import UsageError, require, train
+from .datasets import Images
+from .options import positive
+from .rates import RateTable
+from .trainer import Settings, Trainer
+
+__all__ = ["Search", "Training", "add_arguments", "best_rate", "run", "search", "twice_the_best"]
+
+#: how many trials are placed at equal distances: one in each power of ten of the paper's range
+PLACED = 7
+
+#: (step, value so far) -> whether to give up
+Report = Callable[[int, float], bool]
+
+
+class Abort(Exception):
+    """A trial that is given up: it diverged, or :data:`Report` said so."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is lowered where ``train`` is searched for: the lowest validation loss of a run, mean over ``runs``.
+
+    Arguments:
+        runs: settings that differ in their seed; their learning rate is replaced.
+    """
+
+    runs: tuple[Settings, ...]
+
+    @property
+    def case(self) -> str:
+        return self.runs[0].case
+
+    def __call__(self, lr: float, report: Report, data: Images) -> float:
+        """Trains all seeds side by side, epoch by epoch.
+
+        Raises:
+            Abort: see there.
+        """
+        trainers = [Trainer(Settings(**{**s.plain(), "lr": lr}), data) for s in self.runs]
+        for epoch in itertools.count():
+            for trainer in trainers:
+                trainer.epoch()
+                if trainer.status == "diverged":
+                    raise Abort(trainer.message)
+            value = statistics.fmean(t.best_epoch["valid_loss"] for t in trainers)
+            if all(t.status is not None for t in trainers):
+                return value
+            if report(epoch, value):
+                raise Abort("worse than twice the best")
+        raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where and how long to search.
+
+    Arguments:
+        low, high: ends of the range.
+        trials: how many rates to try.
+        storage: a database of Optuna, such as ``sqlite:///search.db``.
+        seed: of the sampler.
+    """
+
+    low: float
+    high: float
+    trials: int
+    storage: str
+    seed: int = 0
+
+    def study(self, objective: Training, process: int = 0) -> Any:
+        """The study of a case, new or as it stands.
+
+        Arguments:
+            process: see :func:`search`.
+        Raises:
+            UsageError: it was made with other settings.
+        """
+        (optuna,) = require("optuna")
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=self.storage,
+            study_name=f"train {objective.case}",
+            load_if_exists=True,
+            sampler=optuna.samplers.TPESampler(seed=self.seed + process, n_startup_trials=PLACED, constant_liar=True),
+            pruner=twice_the_best(),
+        )
+        mine = {"low": self.low, "high": self.high, "runs": [{**s.plain(), "lr": None} for s in objective.runs]}
+        mine = json.loads(json.dumps(mine))
+        theirs = study.user_attrs.get("settings")
+        if theirs is None:
+            study.set_user_attr("settings", mine)
+            count = min(self.trials, PLACED)
+            for i in range(count):  # from high to low: what diverges does so at once, and what follows has something to beat
+                place = (count - 1 - i) / max(count - 1, 1)
+                study.enqueue_trial({"lr": self.low * (self.high / self.low) ** place})
+        elif theirs != mine:
+            raise UsageError(f"--storage: the search for {objective.case!r} there has other settings; choose another file")
+        return study
+
+
+def twice_the_best() -> Any:
+    """A pruner of Optuna that gives up a trial whose value is more than twice the lowest one at the same step. It compares with
+    trials that came to their end: one that was fast at first and then diverged is no measure."""
+    (optuna,) = require("optuna")
+
+    class TwiceTheBest(optuna.pruners.BasePruner):  # type: ignore[name-defined, misc]
+        def prune(self, study: Any, trial: Any) -> bool:
+            step = trial.last_step
+            if step is None:
+                return False
+            ended = (optuna.trial.TrialState.COMPLETE,)
+            others = (t.intermediate_values.get(step, math.inf) for t in study.get_trials(deepcopy=False, states=ended))
+            return trial.intermediate_values[step] > 2 * min(others, default=math.inf)
+
+    return TwiceTheBest()
+
+
+def finished(study: Any) -> int:
+    """How many trials ended, aborted ones included."""
+    return sum(t.state.name in ("COMPLETE", "PRUNED") for t in study.get_trials(deepcopy=False))
+
+
+def search(plan: Search, objectives: Sequence[Training], data: Images, counts: Sequence[int], process: int = 0) -> None:
+    """Tries rates for one case after the other.
+
+    Arguments:
+        counts: how many trials for each case.
+        process: number of this one among those that search at the same time; gives each a sampler of its own.
+    """
+    optuna, tqdm = require("optuna", "tqdm")
+    for objective, count in zip(objectives, counts, strict=True):
+        if count == 0:
+            continue
+
+        def one(trial: Any, objective: Training = objective) -> float:
+            lr = trial.suggest_float("lr", plan.low, plan.high, log=True)
+
+            def report(step: int, value: float) -> bool:
+                trial.report(value, step)
+                return trial.should_prune()
+
+            try:
+                return objective(lr, report, data)
+            except Abort as why:
+                trial.set_user_attr("aborted", str(why))
+                raise optuna.TrialPruned(str(why)) from why
+
+        with tqdm.tqdm(total=count, desc=objective.case, unit="trial", disable=None, position=process) as bar:
+            study = plan.study(objective, process)
+            study.optimize(one, n_trials=count, callbacks=[lambda study, trial, bar=bar: bar.update()])
+
+
+def _process(plan: Search, objectives: Sequence[Training], args: argparse.Namespace, counts: list[int], process: int) -> None:
+    torch.set_num_threads(args.threads or 1)
+    search(plan, objectives, train.prepare(args), counts, process)
+
+
+def best_rate(plan: Search, objective: Training) -> tuple[float, float]:
+    """The rate with the lowest loss so far, and that loss.
+
+    Raises:
+        UsageError: every trial was aborted.
+    """
+    done = [t for t in plan.study(objective).get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
+    if not done:
+        raise UsageError(f"{objective.case}: no trial came to its end; try a lower --low or more --trials")
+    best = min(done, key=lambda t: t.value)
+    return best.params["lr"], best.value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m frog_cuda lr-search``."""
+    train.add_settings(parser)
+    add = parser.add_argument
+    add("--low", type=train.learning_rate, default=1e-6, help="lowest learning rate (default: %(default)s)")
+    add("--high", type=train.learning_rate, default=1.0, help="highest (default: %(default)s)")
+    add("--trials", type=positive, default=20, help="rates to try for each case (default: %(default)s)")
+    add("--jobs", type=positive, default=1, help="processes that search at the same time (default: %(default)s)")
+    add("--search-seed", type=int, default=0, help="of the choice of rates (default: %(default)s)")
+    add("--storage", type=Path, default=Path("lr_search.db"), help="SQLite file of all trials (default: %(default)s)")
+    add("--lr-table", type=Path, default=Path("learning_rates.json"), help="where to put rates in (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Searches, prints what was found, and puts it into the table. Trials in ``--storage`` count: a search that was
+    interrupted, or is wanted with more trials, goes on.
+
+    Raises:
+        MissingPackages: Optuna or what the data needs is not installed.
+        UsageError: options or data cannot be used, or a study is of other settings.
+    """
+    require("optuna")
+    if not args.low < args.high:
+        raise UsageError(f"--low is {args.low:g} and --high is {args.high:g}; expected a lower and a higher rate")
+    cases: dict[str, list[Settings]] = {}
+    for settings in train.settings_of(args, lambda case: 1.0):
+        cases.setdefault(settings.case, []).append(settings)
+    objectives = [Training(tuple(runs)) for runs in cases.values()]
+    table = RateTable.read(args.lr_table) if args.lr_table.exists() else RateTable({}, f"--lr-table {str(args.lr_table)!r}")
+    for option, path in (("--storage", args.storage), ("--lr-table", args.lr_table)):
+        if not path.resolve().parent.is_dir():
+            raise UsageError(f"{option} is {str(path)!r}; expected a file in a folder that exists")
+    plan = Search(args.low, args.high, args.trials, f"sqlite:///{args.storage.resolve()}", args.search_seed)
+    data = train.prepare(args)
+    for objective in objectives:
+        Trainer(objective.runs[0], data)  # what a model does not accept is said at once
+    left = [max(plan.trials - finished(plan.study(objective)), 0) for objective in objectives]
+    if args.jobs == 1:
+        for objective, count in zip(objectives, left, strict=True):
+            search(plan, [objective], data, [count])
+            _found(plan, objective, table, args.lr_table)
+        return
+    shares = [[count // args.jobs + (i < count % args.jobs) for count in left] for i in range(args.jobs)]
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        pool.starmap(_process, [(plan, objectives, args, counts, i) for i, counts in enumerate(shares)], chunksize=1)
+    for objective in objectives:
+        _found(plan, objective, table, args.lr_table)
+
+
+def _found(plan: Search, objective: Training, table: RateTable, path: Path) -> None:
+    """Puts a rate into the table, and says so."""
+    lr, loss = best_rate(plan, objective)
+    lr = float(f"{lr:.3g}")
+    table.set("train", objective.case, lr)
+    table.write(path)
+    count = finished(plan.study(objective))
+    edge = " at the end of the range" if not plan.low * 1.01 < lr < plan.high / 1.01 else ""
+    print(f"{objective.case}: {lr:g}{edge}, validation loss {loss:.4f}, best of {count} trials", flush=True)

@@ -1,0 +1,172 @@
+"""The search for learning rates: what it finds, when it gives up, and how it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from frog_cuda.__main__ import main
+from frog_cuda.experiments import UsageError, datasets, lr_search
+from frog_cuda.experiments.datasets import Images, Part
+from frog_cuda.experiments.lr_search import Abort, Search, Training, best_rate, finished, search, twice_the_best
+from frog_cuda.experiments.trainer import Settings, Trainer
+
+SETTINGS = Settings(lr=1.0, sizes={"width": 16}, gradient="bp", epochs=4)
+TRAINING = Training((SETTINGS,))
+
+
+@pytest.fixture(scope="module")
+def few() -> Images:
+    images = datasets.load("digits")
+    return dataclasses.replace(images, train=Part(images.train.x[:320], images.train.y[:320]))
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Search:
+    return Search(1e-4, 10.0, 9, f"sqlite:///{tmp_path / 'search.db'}")
+
+
+def trials(plan: Search, objective: Training = TRAINING) -> list[Any]:
+    return plan.study(objective).get_trials()
+
+
+def run_all(settings: Settings, data: Images) -> float:
+    trainer = Trainer(settings, data)
+    while trainer.status is None:
+        trainer.epoch()
+    return math.inf if trainer.status == "diverged" else trainer.best_epoch["valid_loss"]
+
+
+def test_search_finds_a_good_rate(plan: Search, few: Images) -> None:
+    search(plan, [TRAINING], few, [9])
+    lr, loss = best_rate(plan, TRAINING)
+    assert loss == run_all(dataclasses.replace(SETTINGS, lr=lr), few), "the loss of a run with this rate"
+    grid = [run_all(dataclasses.replace(SETTINGS, lr=10.0**e), few) for e in range(-4, 2)]
+    assert loss <= 1.05 * min(grid)
+    assert plan.low < lr < plan.high
+    assert finished(plan.study(TRAINING)) == len(trials(plan)) == 9
+    placed = [t.params["lr"] for t in trials(plan)[: lr_search.PLACED]]
+    assert placed == pytest.approx([10.0 ** (1 - i * 5 / 6) for i in range(7)])
+
+
+def test_search_goes_on(plan: Search, few: Images) -> None:
+    search(plan, [TRAINING], few, [3])
+    first = trials(plan)[:3]
+    search(plan, [TRAINING], few, [5], process=1)
+    after = trials(plan)
+    assert [t.datetime_complete for t in after[:3]] == [t.datetime_complete for t in first]
+    assert finished(plan.study(TRAINING)) == 8 and len({t.params["lr"] for t in after if t.state.is_finished()}) == 8
+    other = Training((dataclasses.replace(SETTINGS, epochs=5),))
+    with pytest.raises(UsageError, match="digits fc width=16 bp' there has other settings"):
+        plan.study(other)
+
+
+def test_mean_over_seeds(few: Images) -> None:
+    runs = tuple(dataclasses.replace(SETTINGS, seed=s, lr=0.1) for s in (0, 1))
+    seen: list[float] = []
+
+    def report(epoch: int, value: float) -> bool:
+        assert epoch == len(seen)
+        seen.append(value)
+        return False
+
+    value = Training(runs)(0.1, report, few)
+    each = [run_all(s, few) for s in runs]
+    assert value == pytest.approx(sum(each) / 2, rel=1e-12) and each[0] != each[1]
+    assert len(seen) == 4 and seen[-1] > value
+
+
+def test_abort(few: Images) -> None:
+    epochs: list[int] = []
+
+    def second(epoch: int, value: float) -> bool:
+        epochs.append(epoch)
+        return epoch == 1
+
+    with pytest.raises(Abort, match="twice the best"):
+        TRAINING(0.1, second, few)
+    assert epochs == [0, 1]
+    with pytest.raises(Abort, match="learning rate 1e\\+06"):
+        TRAINING(1e6, lambda epoch, value: False, few)
+
+
+@pytest.mark.parametrize(
+    ("value", "others", "gives_up"),
+    [(1.9, [1.0, 5.0], False), (2.1, [1.0, 5.0], True), (2.1, [None, 5.0], False), (9.0, [], False), (math.inf, [1.0], True)],
+)
+def test_twice_the_best(value: float, others: list[float | None], gives_up: bool) -> None:
+    """Compared are values of the same step; here the second one."""
+    study = optuna.create_study(pruner=twice_the_best())
+    for other in others:
+        trial = study.ask()
+        trial.report(0.01, 0)
+        if other is not None:
+            trial.report(other, 1)
+        study.tell(trial, 0.01)
+    fast = study.ask()
+    fast.report(1e-3, 1)
+    study.tell(fast, state=optuna.trial.TrialState.PRUNED)  # it diverged later, and does not count
+    trial = study.ask()
+    assert not trial.should_prune(), "nothing was reported"
+    trial.report(0.01, 0)
+    trial.report(value, 1)
+    assert trial.should_prune() == gives_up
+
+
+def test_nothing_comes_to_its_end(few: Images, tmp_path: Path) -> None:
+    plan = Search(1e7, 1e9, 2, f"sqlite:///{tmp_path / 'search.db'}")
+    search(plan, [TRAINING], few, [2])
+    assert [t.state.name for t in trials(plan)] == ["PRUNED", "PRUNED"]
+    with pytest.raises(UsageError, match="digits fc width=16 bp: no trial came to its end; try a lower --low"):
+        best_rate(plan, TRAINING)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_command(jobs: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table it writes is one that ``train`` reads; what stood in it stays."""
+    monkeypatch.chdir(tmp_path)
+    Path("rates.json").write_text(json.dumps({"functions": {"sphere": 0.5}, "train": {"other": 0.25}}))
+    options = "--width 16 --gradient bp,forward --k 4 --epochs 2".split()
+    found = f"lr-search --low 1e-3 --trials 4 --jobs {jobs} --lr-table rates.json".split()
+    assert main([*found, *options]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    table = json.loads(Path("rates.json").read_text())
+    assert table["functions"] == {"sphere": 0.5} and table["train"].pop("other") == 0.25
+    cases = ["digits fc width=16 bp", "digits fc width=16 orthogonal k=4"]
+    assert list(table["train"]) == cases and all(1e-3 <= rate <= 1 for rate in table["train"].values())
+    for case in cases:
+        assert f"{case}: {table['train'][case]:g}" in out
+    assert out.count("best of 4 trials") == 2
+    assert main([*found, *options]) == 0
+    assert capfd.readouterr().out == out, "nothing is left to do"
+    assert main(["train", *options, "--lr-table", "rates.json", "--output", "o"]) == 0
+    used = {r["case"]: r["settings"]["lr"] for r in map(json.loads, (p.read_text() for p in Path("o").rglob("result.json")))}
+    assert used == table["train"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--low 1 --high 1", "--low is 1 and --high is 1; expected a lower and a higher rate"),
+        ("--low 0", "--low: '0' is not a number > 0"),
+        ("--trials 0", "--trials: '0' is not an integer >= 1"),
+        ("--storage no/such.db", "--storage is 'no/such.db'; expected a file in a folder that exists"),
+        ("--lr-table no/such.json", "--lr-table is 'no/such.json'; expected a file in a folder that exists"),
+        ("--optimizer Newton", "--optimizer is 'Newton'; accepted are"),
+    ],
+)
+def test_wrong_options(
+    options: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["lr-search", *options.split()])
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))

@@ -159,6 +159,7 @@ def test_command(jobs: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], m
         ("--trials 0", "--trials: '0' is not an integer >= 1"),
         ("--storage no/such.db", "--storage is 'no/such.db'; expected a file in a folder that exists"),
         ("--lr-table no/such.json", "--lr-table is 'no/such.json'; expected a file in a folder that exists"),
+        ("--lr-table rates.csv", "--lr-table is 'rates.csv'; expected another ending, as JSON is written"),
         ("--optimizer Newton", "--optimizer is 'Newton'; accepted are"),
     ],
 )

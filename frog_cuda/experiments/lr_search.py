@@ -215,6 +215,8 @@ def run(args: argparse.Namespace) -> None:
     require("optuna")
     if not args.low < args.high:
         raise UsageError(f"--low is {args.low:g} and --high is {args.high:g}; expected a lower and a higher rate")
+    if args.lr_table.suffix == ".csv":
+        raise UsageError(f"--lr-table is {str(args.lr_table)!r}; expected another ending, as JSON is written")
     cases: dict[str, list[Settings]] = {}
     for settings in train.settings_of(args, lambda case: 1.0):
         cases.setdefault(settings.case, []).append(settings)

@@ -95,7 +95,7 @@ def seconds(model: nn.Module, kind: str, ks: Sequence[int], x: Tensor, y: Tensor
         for name, dtype in {"float32": None, **LOW}.items():
             fg = frog.ForwardGradient(model, loss_fn, k=k, tangent_dtype=dtype, **KINDS[kind])
             calls[f"{k} {name}"] = lambda fg=fg: forward(fg)
-    return interleaved_medians(calls, torch.device("cpu"), rounds=1 if quick else 8, limit=12.0, burst=1 if quick else 2)
+    return interleaved_medians(calls, torch.device("cpu"), rounds=1 if quick else 8, limit=8.0, burst=1)
 
 
 def measure(names: Sequence[str], ks: Sequence[int], quick: bool) -> list[Record]:

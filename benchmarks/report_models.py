@@ -38,7 +38,7 @@ def attention_table(records: Sequence[Record]) -> str:
                 f"{1 / r['ratio']:.1f}",
                 "" if ours is None else f"{ours / 2**20:.1f}",
                 "" if theirs is None else f"{theirs / 2**20:.1f}",
-                "" if ours is None or theirs is None else f"{theirs / ours:.1f}",
+                "" if not ours or theirs is None else f"{theirs / ours:.1f}",  # a small case may take from what is free
             ]
         )
     head = ["T", "k", "ms", "unfused, ms", "times faster", "peak MiB", "unfused, peak MiB", "times less"]
@@ -59,7 +59,7 @@ def _faster(records: Sequence[Record]) -> float | None:
 
 def _times_less(records: Sequence[Record]) -> float | None:
     ours, theirs = (_attention_bytes(records, name, 2048, 4) for name in (OURS, UNFUSED))
-    return None if ours is None or theirs is None else theirs / ours
+    return None if not ours or theirs is None else theirs / ours
 
 
 def _growth_of_time(records: Sequence[Record]) -> float | None:

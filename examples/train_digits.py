@@ -2,6 +2,7 @@
 
 One machine, four processes, one thread each:
 
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # a restarted rank must not find the address of a dead one
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=4 --max-restarts=3 examples/train_digits.py --folder run
 
 Four machines with eight GPUs each, the batch in four shards; the same command on every machine, HOST the name of the first one:

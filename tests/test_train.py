@@ -430,3 +430,5 @@ def test_names_tell_runs_apart() -> None:
     assert len({r.name for r in runs}) == len(runs)
     assert len({r.case for r in runs}) == len(runs) - 3, "seed, dtype and how derivatives are had share a learning rate"
     assert one.name == "digits-fc-width8-orthogonal-k16-seed0"
+    turned = [Settings(lr=1.0, model="vit", sizes=s) for s in ({"width": 8, "layers": 2}, {"layers": 2, "width": 8})]
+    assert turned[0].case == turned[1].case == "digits vit layers=2 width=8 orthogonal k=16"

@@ -78,7 +78,7 @@ class Settings:
     @property
     def label(self) -> str:
         """The model with its sizes: ``"fc width=256"``."""
-        return " ".join([self.model, *(f"{name}={size}" for name, size in self.sizes.items())])
+        return " ".join([self.model, *(f"{name}={size}" for name, size in sorted(self.sizes.items()))])
 
     @property
     def approach(self) -> str:

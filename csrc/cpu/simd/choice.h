@@ -44,8 +44,8 @@ inline SimdLevel choose_simd() {
                               accepted);
 }
 
-// Whether the library multiplies bfloat16 matrices by the instructions made for them: a quarter of the time of float32
-// ones then, and far more without (measured, docs/performance.md).
+// Whether the library multiplies bfloat16 matrices by the instructions made for them: in a fifth of the time of float32
+// ones then, and in up to five times of it without (measured, docs/performance.md).
 inline bool multiplies_bf16() {
 #if defined(FROG_X86_KERNELS)
   __builtin_cpu_init();

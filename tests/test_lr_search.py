@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -14,7 +16,7 @@ import pytest
 from frog_cuda.__main__ import main
 from frog_cuda.experiments import UsageError, datasets, lr_search
 from frog_cuda.experiments.datasets import Images, Part
-from frog_cuda.experiments.lr_search import Abort, Search, Training, best_rate, finished, search, twice_the_best
+from frog_cuda.experiments.lr_search import Abort, Search, Training, best_rate, finished, highest, search, twice_the_best
 from frog_cuda.experiments.trainer import Settings, Trainer
 
 SETTINGS = Settings(lr=1.0, sizes={"width": 16}, gradient="bp", epochs=4)
@@ -127,6 +129,51 @@ def test_nothing_comes_to_its_end(few: Images, tmp_path: Path) -> None:
         best_rate(plan, TRAINING)
 
 
+def test_rates_close_to_one_that_diverged(plan: Search, few: Images) -> None:
+    """They do not count, however low their loss, and are not tried."""
+    study = plan.study(TRAINING)
+
+    def add(lr: float, value: float | None) -> None:
+        """A trial that ended so; None: it diverged."""
+        state = optuna.trial.TrialState.PRUNED if value is None else optuna.trial.TrialState.COMPLETE
+        lrs = {"lr": optuna.distributions.FloatDistribution(plan.low, plan.high, log=True)}
+        attributes = {"diverged": value is None}
+        study.add_trial(
+            optuna.trial.create_trial(params={"lr": lr}, distributions=lrs, value=value, state=state, user_attrs=attributes)
+        )
+
+    for lr, value in ((0.1, 0.3), (0.3, 0.2), (0.4, 0.1)):
+        add(lr, value)
+    assert highest(plan, study) == math.inf and best_rate(plan, TRAINING) == (0.4, 0.1)
+    add(0.8, None)
+    assert highest(plan, study) == 0.4 and best_rate(plan, TRAINING) == (0.4, 0.1)
+    add(0.7, None)
+    assert highest(plan, study) == 0.35 and best_rate(plan, TRAINING) == (0.3, 0.2)
+    add(0.15, None)
+    with pytest.raises(UsageError, match="2 times 0.075 diverged, and no trial with at most 0.075 came to its end"):
+        best_rate(plan, TRAINING)
+
+
+def test_search_keeps_its_distance(few: Images, tmp_path: Path) -> None:
+    """What follows the first trial, which diverges, is at most a thousandth of it."""
+    plan = Search(1.0, 1e6, 4, f"sqlite:///{tmp_path / 'search.db'}", margin=1e3)
+    search(plan, [TRAINING], few, [4])
+    first, *others = trials(plan)
+    assert first.params["lr"] == pytest.approx(1e6) and first.user_attrs["diverged"]
+    near = [t for t in others if t.params["lr"] > 1e3]
+    assert [t.params["lr"] for t in near] == pytest.approx([1e4])
+    assert near[0].user_attrs == {"aborted": "too close to a rate that diverged", "diverged": False}
+    assert not near[0].intermediate_values, "nothing was trained"
+
+
+def test_time_is_limited(plan: Search, few: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    search(plan, [TRAINING], few, [9], ends=time.time() - 1)
+    assert finished(plan.study(TRAINING)) == 0
+    monkeypatch.setattr(lr_search, "time", SimpleNamespace(time=lambda: 0.0))  # or setting up could take all the time
+    search(plan, [TRAINING], few, [9], ends=1e-3)
+    assert finished(plan.study(TRAINING)) == 1, "the trial that has begun comes to its end"
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_command(jobs: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The table it writes is one that ``train`` reads; what stood in it stays."""
@@ -156,6 +203,9 @@ def test_command(jobs: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], m
     [
         ("--low 1 --high 1", "--low is 1 and --high is 1; expected a lower and a higher rate"),
         ("--low 0", "--low: '0' is not a number > 0"),
+        ("--margin 0.5", "--margin: '0.5' is not a number >= 1"),
+        ("--margin far", "--margin: 'far' is not a number >= 1"),
+        ("--minutes 0", "--minutes: '0' is not an integer >= 1"),
         ("--trials 0", "--trials: '0' is not an integer >= 1"),
         ("--storage no/such.db", "--storage is 'no/such.db'; expected a file in a folder that exists"),
         ("--lr-table no/such.json", "--lr-table is 'no/such.json'; expected a file in a folder that exists"),

@@ -3,6 +3,9 @@
 The paper (arXiv 2410.17764, section 4 and appendix) searched log10 of the learning rate in [-6, 0] with an asynchronous
 evolutionary algorithm, and a surrogate that aborts what is worse than twice the best. Here Optuna searches the same range,
 first at equal distances, then where its Parzen estimator expects to improve; :func:`twice_the_best` aborts in the same way.
+
+The lowest loss is often found just below the rates with which runs diverge, where another seed diverges too. So a rate must
+keep its distance to every rate with which a run diverged: :attr:`Search.margin`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import json
 import math
 import multiprocessing
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +30,7 @@ from .options import positive
 from .rates import RateTable
 from .trainer import Settings, Trainer
 
-__all__ = ["Search", "Training", "add_arguments", "best_rate", "run", "search", "twice_the_best"]
+__all__ = ["Search", "Training", "add_arguments", "best_rate", "highest", "run", "search", "twice_the_best"]
 
 #: how many trials are placed at equal distances: one in each power of ten of the paper's range
 PLACED = 7
@@ -36,7 +40,11 @@ Report = Callable[[int, float], bool]
 
 
 class Abort(Exception):
-    """A trial that is given up: it diverged, or :data:`Report` said so."""
+    """A trial that is given up: :data:`Report` said so, or the rate is too close to one that diverged."""
+
+
+class Diverged(Abort):
+    """A trial in which a run diverged."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class Training:
             for trainer in trainers:
                 trainer.epoch()
                 if trainer.status == "diverged":
-                    raise Abort(trainer.message)
+                    raise Diverged(trainer.message)
             value = statistics.fmean(t.best_epoch["valid_loss"] for t in trainers)
             if all(t.status is not None for t in trainers):
                 return value
@@ -82,6 +90,7 @@ class Search:
         trials: how many rates to try.
         storage: a database of Optuna, such as ``sqlite:///search.db``.
         seed: of the sampler.
+        margin: a rate counts if no trial with less than ``margin`` times that rate diverged.
     """
 
     low: float
@@ -89,6 +98,7 @@ class Search:
     trials: int
     storage: str
     seed: int = 0
+    margin: float = 2.0
 
     def study(self, objective: Training, process: int = 0) -> Any:
         """The study of a case, new or as it stands.
@@ -107,7 +117,12 @@ class Search:
             sampler=optuna.samplers.TPESampler(seed=self.seed + process, n_startup_trials=PLACED, constant_liar=True),
             pruner=twice_the_best(),
         )
-        mine = {"low": self.low, "high": self.high, "runs": [{**s.plain(), "lr": None} for s in objective.runs]}
+        mine = {
+            "low": self.low,
+            "high": self.high,
+            "margin": self.margin,
+            "runs": [{**s.plain(), "lr": None} for s in objective.runs],
+        }
         mine = json.loads(json.dumps(mine))
         theirs = study.user_attrs.get("settings")
         if theirs is None:
@@ -143,19 +158,34 @@ def finished(study: Any) -> int:
     return sum(t.state.name in ("COMPLETE", "PRUNED") for t in study.get_trials(deepcopy=False))
 
 
-def search(plan: Search, objectives: Sequence[Training], data: Images, counts: Sequence[int], process: int = 0) -> None:
-    """Tries rates for one case after the other.
+def highest(plan: Search, study: Any) -> float:
+    """The highest rate that counts, as far as trials tell: the lowest one that diverged, divided by the margin."""
+    trials = study.get_trials(deepcopy=False)
+    return min((t.params["lr"] for t in trials if t.user_attrs.get("diverged")), default=math.inf) / plan.margin
+
+
+def search(
+    plan: Search,
+    objectives: Sequence[Training],
+    data: Images,
+    counts: Sequence[int],
+    process: int = 0,
+    ends: float = math.inf,
+) -> None:
+    """Tries rates for one case after the other. One that does not count, by :func:`highest`, is passed over.
 
     Arguments:
         counts: how many trials for each case.
         process: number of this one among those that search at the same time; gives each a sampler of its own.
+        ends: no trial begins after this time, in seconds since the epoch.
     """
     optuna, tqdm = require("optuna", "tqdm")
     for objective, count in zip(objectives, counts, strict=True):
-        if count == 0:
+        if count == 0 or time.time() >= ends:
             continue
+        study = plan.study(objective, process)
 
-        def one(trial: Any, objective: Training = objective) -> float:
+        def one(trial: Any, objective: Training = objective, study: Any = study) -> float:
             lr = trial.suggest_float("lr", plan.low, plan.high, log=True)
 
             def report(step: int, value: float) -> bool:
@@ -163,30 +193,43 @@ def search(plan: Search, objectives: Sequence[Training], data: Images, counts: S
                 return trial.should_prune()
 
             try:
+                if lr > highest(plan, study):
+                    raise Abort("too close to a rate that diverged")
                 return objective(lr, report, data)
             except Abort as why:
                 trial.set_user_attr("aborted", str(why))
+                trial.set_user_attr("diverged", isinstance(why, Diverged))
                 raise optuna.TrialPruned(str(why)) from why
 
         with tqdm.tqdm(total=count, desc=objective.case, unit="trial", disable=None, position=process) as bar:
-            study = plan.study(objective, process)
-            study.optimize(one, n_trials=count, callbacks=[lambda study, trial, bar=bar: bar.update()])
+            left = None if math.isinf(ends) else ends - time.time()
+            study.optimize(one, n_trials=count, timeout=left, callbacks=[lambda study, trial, bar=bar: bar.update()])
 
 
-def _process(plan: Search, objectives: Sequence[Training], args: argparse.Namespace, counts: list[int], process: int) -> None:
+def _process(
+    plan: Search, objectives: Sequence[Training], args: argparse.Namespace, counts: list[int], ends: float, process: int
+) -> None:
     torch.set_num_threads(args.threads or 1)
-    search(plan, objectives, train.prepare(args), counts, process)
+    search(plan, objectives, train.prepare(args), counts, process, ends)
 
 
 def best_rate(plan: Search, objective: Training) -> tuple[float, float]:
-    """The rate with the lowest loss so far, and that loss.
+    """The rate with the lowest loss so far, among those that count by :func:`highest`, and that loss.
 
     Raises:
-        UsageError: every trial was aborted.
+        UsageError: every trial was aborted, or no rate counts.
     """
-    done = [t for t in plan.study(objective).get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
-    if not done:
+    study = plan.study(objective)
+    ended = [t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"]
+    if not ended:
         raise UsageError(f"{objective.case}: no trial came to its end; try a lower --low or more --trials")
+    top = highest(plan, study)
+    done = [t for t in ended if t.params["lr"] <= top]
+    if not done:
+        raise UsageError(
+            f"{objective.case}: {plan.margin:g} times {top:.3g} diverged, and no trial with at most {top:.3g} came to its "
+            "end; try a lower --low or more --trials"
+        )
     best = min(done, key=lambda t: t.value)
     return best.params["lr"], best.value
 
@@ -198,10 +241,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--low", type=train.learning_rate, default=1e-6, help="lowest learning rate (default: %(default)s)")
     add("--high", type=train.learning_rate, default=1.0, help="highest (default: %(default)s)")
     add("--trials", type=positive, default=20, help="rates to try for each case (default: %(default)s)")
+    add(
+        "--margin",
+        type=_margin,
+        default=2.0,
+        metavar="FACTOR",
+        help="keep so far below rates with which a run diverged (default: %(default)s)",
+    )
+    add("--minutes", type=positive, help="begin no trial after so long; the same command goes on (default: no limit)")
     add("--jobs", type=positive, default=1, help="processes that search at the same time (default: %(default)s)")
     add("--search-seed", type=int, default=0, help="of the choice of rates (default: %(default)s)")
     add("--storage", type=Path, default=Path("lr_search.db"), help="SQLite file of all trials (default: %(default)s)")
     add("--lr-table", type=Path, default=Path("learning_rates.json"), help="where to put rates in (default: %(default)s)")
+
+
+def _margin(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 1")
+    return value
 
 
 def run(args: argparse.Namespace) -> None:
@@ -225,29 +286,33 @@ def run(args: argparse.Namespace) -> None:
     for option, path in (("--storage", args.storage), ("--lr-table", args.lr_table)):
         if not path.resolve().parent.is_dir():
             raise UsageError(f"{option} is {str(path)!r}; expected a file in a folder that exists")
-    plan = Search(args.low, args.high, args.trials, f"sqlite:///{args.storage.resolve()}", args.search_seed)
+    plan = Search(args.low, args.high, args.trials, f"sqlite:///{args.storage.resolve()}", args.search_seed, args.margin)
+    ends = math.inf if args.minutes is None else time.time() + 60 * args.minutes
     data = train.prepare(args)
     for objective in objectives:
         Trainer(objective.runs[0], data)  # what a model does not accept is said at once
     left = [max(plan.trials - finished(plan.study(objective)), 0) for objective in objectives]
     if args.jobs == 1:
         for objective, count in zip(objectives, left, strict=True):
-            search(plan, [objective], data, [count])
+            search(plan, [objective], data, [count], ends=ends)
             _found(plan, objective, table, args.lr_table)
         return
     shares = [[count // args.jobs + (i < count % args.jobs) for count in left] for i in range(args.jobs)]
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        pool.starmap(_process, [(plan, objectives, args, counts, i) for i, counts in enumerate(shares)], chunksize=1)
+        pool.starmap(_process, [(plan, objectives, args, counts, ends, i) for i, counts in enumerate(shares)], chunksize=1)
     for objective in objectives:
         _found(plan, objective, table, args.lr_table)
 
 
 def _found(plan: Search, objective: Training, table: RateTable, path: Path) -> None:
     """Puts a rate into the table, and says so."""
+    count = finished(plan.study(objective))
+    if count < plan.trials:
+        print(f"{objective.case}: {count} of {plan.trials} trials so far", flush=True)
+        return
     lr, loss = best_rate(plan, objective)
     lr = float(f"{lr:.3g}")
     table.set("train", objective.case, lr)
     table.write(path)
-    count = finished(plan.study(objective))
     edge = " at the end of the range" if not plan.low * 1.01 < lr < plan.high / 1.01 else ""
     print(f"{objective.case}: {lr:g}{edge}, validation loss {loss:.4f}, best of {count} trials", flush=True)

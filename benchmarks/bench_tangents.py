@@ -77,6 +77,42 @@ def test_combine(distribution: str, compare: Compare) -> None:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_update_with_momentum(distribution: str, compare: Compare) -> None:
+    """Parameter and momentum of a million elements: beside combining into a gradient and torch.optim.SGD."""
+    n, c = 1 << 20, torch.linspace(-1, 1, K) / K
+    options = dict(lr=1e-4, momentum=0.9, weight_decay=1e-4)
+    p, buffer = torch.zeros(n), torch.zeros(n)
+    twin = torch.zeros(n, requires_grad=True)
+    optimizer = torch.optim.SGD([twin], foreach=True, **options)
+
+    def ours() -> Tensor:
+        return frog.ops.tangent_sgd_(p, buffer, STATE, c, distribution=distribution, **options)
+
+    def against() -> Tensor:
+        twin.grad = frog.ops.tangent_combine(STATE, c, n, distribution=distribution)
+        optimizer.step()
+        return twin
+
+    compare(
+        ours,
+        against,
+        table="op",
+        op=f"SGD {distribution}",
+        against_name="combine, then torch.optim.SGD(foreach=True)",
+        case=f"16 x {n}",
+        elements=K * n,
+    )
+    p.zero_(), buffer.zero_()
+    other, moved = torch.zeros(n), torch.zeros(n)
+    for _ in range(3):
+        ours()
+        g = frog.ops.tangent_combine(STATE, c, n, distribution=distribution) + 1e-4 * other
+        moved = 0.9 * moved + g
+        other = other - 1e-4 * moved
+    torch.testing.assert_close(p, other, rtol=0, atol=1e-5 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_gram(distribution: str, compare: Compare) -> None:
     """In double precision on both sides: the projection needs it."""
     n = 65536

@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   m.def(
       "tangent_axpy_(Tensor(a!) self, Tensor state, Tensor coefficients, float alpha, int offset, int first, int "
       "distribution) -> ()");
+  m.def(
+      "tangent_sgd_(Tensor(a!) self, Tensor(b!)? buffer, Tensor state, Tensor coefficients, float lr, float momentum, "
+      "float dampening, float weight_decay, bool nesterov, bool fresh, int offset, int first, int distribution) -> ()");
   // projection
   m.def("cholesky_project(Tensor gram, Tensor derivatives, float rtol) -> (Tensor coefficients, Tensor rank)");
   // linear

@@ -36,7 +36,8 @@ def _above_autograd(op: Any) -> Callable[..., Any]:
                     )
         out = op.redispatch(keys & _after_autograd_keyset, *args, **kwargs)
         for i in written:
-            increment_version(args[i])
+            if args[i] is not None:
+                increment_version(args[i])
         return out
 
     return kernel

@@ -61,6 +61,25 @@ def tangent_axpy_(
 
 
 @_fake
+def tangent_sgd_(
+    self: Tensor,
+    buffer: Tensor | None,
+    state: Tensor,
+    coefficients: Tensor,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    fresh: bool,
+    offset: int,
+    first: int,
+    distribution: int,
+) -> None:
+    return None
+
+
+@_fake
 def cholesky_project(gram: Tensor, derivatives: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
     coefficients = derivatives.new_empty(derivatives.shape, dtype=torch.float64)
     return coefficients, gram.new_empty(gram.shape[:-2], dtype=torch.int64)

@@ -22,6 +22,7 @@ from .dual import DualTensor
 from .estimate import Estimate, check_loss, read_loss, solve
 from .guides import Memory
 from .layers import activity_groups, select
+from .sgd import Sgd
 from .share import ALONE, Share
 from .tangents import Piece, TangentSet
 from .weight import Inputs, WeightPerturbation, inputs_of
@@ -230,22 +231,32 @@ class ForwardGradient:
             p = self._method.parameters[name]
             p.grad = g if p.grad is None else p.grad.add_(g)
 
-    def update_(self, lr: float) -> None:
-        """``p -= lr * estimate`` in place, replaying the tangents of the latest call: a step of SGD without any ``.grad``.
+    def update_(
+        self,
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        """A step of :class:`torch.optim.SGD` without any ``.grad``, in place, replaying the tangents of the latest call.
+
+        ``p -= lr * estimate``, or with the other options what they mean there. Drawn tangents are replayed in the pass that
+        reads and writes a parameter and its momentum. The momentum, a tensor like each parameter, is made at the first step
+        that needs it and is part of :meth:`state_dict`.
 
         Raises:
             RuntimeError: there was no call yet, or activities are perturbed, whose gradients are not replayed.
+            TypeError, ValueError: an option is not accepted, see :class:`frog_cuda.sgd.Sgd`.
         """
-        self._update_(lr, None)
+        self._update_(Sgd(lr, momentum, dampening, weight_decay, nesterov), None)
 
     @torch.no_grad()
-    def _update_(self, lr: float, only: Collection[Piece] | None) -> None:
+    def _update_(self, sgd: Sgd, only: Collection[Piece] | None) -> None:
         estimate, tangents = self._latest("update_")
         if not isinstance(self._method, WeightPerturbation):
             raise RuntimeError("update_: only for perturb='weight'; with activities use .grad and an optimizer")
-        if not isinstance(lr, (int, float)):
-            raise TypeError(f"update_: lr is of type {type(lr).__name__}; expected a number")
-        self._method.update_(tangents, estimate, float(lr), only)
+        self._method.update_(tangents, estimate, sgd, only)
 
     def _latest(self, what: str) -> tuple[Estimate, TangentSet]:
         if self.last is None or self._tangents is None:
@@ -253,24 +264,33 @@ class ForwardGradient:
         return self.last, self._tangents
 
     def state_dict(self) -> dict[str, Any]:
-        """Seed and step, and the estimates that ``tangents.Guided(previous)`` remembers: with them, a resumed run repeats the
-        uninterrupted one bit for bit."""
+        """Seed and step, the estimates that ``tangents.Guided(previous)`` remembers, and the momentum that :meth:`update_` has
+        gathered: with them, a resumed run repeats the uninterrupted one bit for bit. Later steps do not change it."""
         state: dict[str, Any] = {"seed": self.seed, "step": self.step}
-        return state if self._memory is None else state | {"previous": self._memory.state()}
+        if self._memory is not None:
+            state["previous"] = self._memory.state()
+        if isinstance(self._method, WeightPerturbation) and self._method.momentum.buffers:
+            state["momentum"] = self._method.momentum.state()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` was taken.
+        """Goes on where :meth:`state_dict` was taken, without momentum where there was none.
 
         Raises:
             TypeError, ValueError: something is missing or not accepted; nothing is changed then.
         """
         previous = self._memory is not None
-        if set(state) != {"seed", "step"} | ({"previous"} if previous else set()):
+        momentum = self._method.momentum if isinstance(self._method, WeightPerturbation) else None
+        given = set(state) - ({"momentum"} if momentum is not None else set())
+        if given != {"seed", "step"} | ({"previous"} if previous else set()):
             expected = "'previous', 'seed' and 'step'" if previous else "'seed' and 'step'"
             raise ValueError(f"load_state_dict: state has keys {sorted(state)}; expected {expected}")
         seed, step = check_seed(state["seed"]), check_step(state["step"])
+        buffers = momentum.read(state.get("momentum", {})) if momentum is not None else {}
         if self._memory is not None:
             self._memory.load(state["previous"], self._method.device)
+        if momentum is not None:
+            momentum.buffers = buffers
         self.seed, self.step = seed, step
 
 

@@ -164,6 +164,46 @@ def tangent_axpy_(
     return self
 
 
+def tangent_sgd_(
+    self: Tensor,
+    buffer: Tensor | None,
+    state: Tensor,
+    coefficients: Tensor,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    fresh: bool = False,
+    offset: int = 0,
+    first: int = 0,
+    distribution: str = "normal",
+) -> Tensor:
+    """A step of :class:`torch.optim.SGD` in place with the gradient ``V c``, replayed as parameter and buffer are written.
+
+    ``g = V c + weight_decay * self``; ``buffer = momentum * buffer + (1 - dampening) * g``, or ``g`` where ``fresh``; then
+    ``self -= lr * d`` with d the buffer, ``g + momentum * buffer`` where ``nesterov``, or ``g`` without momentum. Low precision
+    is computed in float32 and rounded once for each result.
+
+    Arguments:
+        self: any shape, viewed as a flat vector.  buffer: like ``self``, or None exactly where ``momentum`` is 0.
+        coefficients: ``(k,)``, any float dtype.
+        lr, dampening: finite.  momentum, weight_decay: finite, >= 0.  nesterov: needs momentum > 0 and dampening 0.
+        fresh: the buffer holds nothing yet; what is in it is not read.
+    """
+    _guard("tangent_sgd_", self, buffer, state, coefficients)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        _ops.tangent_sgd_(
+            self, buffer, state, coefficients, lr, momentum, dampening, weight_decay, nesterov, fresh, offset, first, code
+        )
+    for t in (self, buffer):
+        if t is not None and not t.is_inference():
+            increment_version(t)
+    return self
+
+
 def cholesky_project(gram: Tensor, derivatives: Tensor, *, rtol: float = 1e-7) -> tuple[Tensor, Tensor]:
     """Coefficients ``c = G^+ d`` of the orthogonal projection P_U (Flügel et al., section 3.4) by pivoted Cholesky.
 

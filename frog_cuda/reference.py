@@ -155,6 +155,32 @@ def tangent_axpy_(
     return self.copy_(self.double() + alpha * step.view(self.shape))
 
 
+def tangent_sgd_(
+    self: Tensor,
+    buffer: Tensor | None,
+    state: Tensor,
+    coefficients: Tensor,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    fresh: bool = False,
+    offset: int = 0,
+    first: int = 0,
+    distribution: str = "normal",
+) -> Tensor:
+    """A step of SGD along ``V c``; ``self`` and ``buffer`` keep their dtype and are rounded to it once."""
+    g = tangent_combine(state, coefficients, self.numel(), offset=offset, first=first, distribution=distribution)
+    g = g.view(self.shape) + weight_decay * self.double()
+    if buffer is not None:
+        moved = g if fresh else momentum * buffer.double() + (1 - dampening) * g
+        buffer.copy_(moved)
+        g = g + momentum * moved if nesterov else moved
+    return self.copy_(self.double() - lr * g)
+
+
 # ---- projection
 
 

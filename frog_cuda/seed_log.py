@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .distributions import Distribution, Guided, LowRank, StandardBasis, Supplied
 from .forward_gradient import ForwardGradient
+from .sgd import Sgd
 from .tangents import Piece, TangentSet, resolve
 from .weight import WeightPerturbation
 
@@ -101,13 +102,28 @@ class SeedLog:
             self._file = self.path.open("wb")
             self._fresh = True
 
-    def update_(self, lr: float) -> None:
+    def update_(
+        self,
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
         """``p -= lr * estimate`` in place, written down first.
 
+        Arguments:
+            momentum, dampening, weight_decay, nesterov: only their defaults; those of ``fg.update_``, so that one called with
+                others in a log's place says so.
         Raises:
             RuntimeError: there was no call yet, or other parameters took part than before.
-            ValueError: the aggregation is a custom one, whose result is no combination of tangents.
+            ValueError: the aggregation is a custom one, whose result is no combination of tangents, or the step is not plain.
         """
+        if not (sgd := Sgd(lr, momentum, dampening, weight_decay, nesterov)).plain:
+            raise ValueError(
+                f"SeedLog.update_: momentum is {sgd.momentum} and weight_decay is {sgd.weight_decay}; a record is a "
+                "combination of one step's tangents, so both must be 0"
+            )
         estimate, tangents = self.fg._latest("SeedLog.update_")
         if estimate.base_coefficients is None:
             raise ValueError("SeedLog: a custom aggregation gives no coefficients to write down")
@@ -119,7 +135,7 @@ class SeedLog:
             self._file.write(_MAGIC + line)
             self._fresh = False
         self._names = names
-        c = (-float(lr) * estimate.base_coefficients).float().cpu()
+        c = (-sgd.lr * estimate.base_coefficients).float().cpu()
         self._file.write(_pack(Record(tangents.seed, tangents.step, c)))
         self._file.flush()
         _apply(tangents, self._method.used, self._method.parameters, c)

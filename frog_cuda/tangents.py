@@ -32,6 +32,7 @@ from .distributions import (
 )
 from .guides import Guide, Piece, read_vectors
 from .low_rank import Factors, factored
+from .sgd import Sgd
 
 __all__ = [
     "Cone",
@@ -235,6 +236,26 @@ class TangentSet:
             self.state,
             coefficients,
             alpha=alpha,
+            offset=piece.offset,
+            distribution=self.distribution.base,
+        )
+
+    def sgd_(self, target: Tensor, buffer: Tensor | None, fresh: bool, piece: Piece, coefficients: Tensor, sgd: Sgd) -> None:
+        """A step of SGD in place along ``Z c``; drawn tangents in one pass over target and buffer."""
+        if self.stored is not None or self.guides or self.factors(piece, _at_least_float32(target.dtype)) is not None:
+            sgd.step_(target, self.combine(piece, coefficients, target.dtype), buffer, fresh)
+            return
+        ops.tangent_sgd_(
+            target,
+            buffer,
+            self.state,
+            coefficients,
+            lr=sgd.lr,
+            momentum=sgd.momentum,
+            dampening=sgd.dampening,
+            weight_decay=sgd.weight_decay,
+            nesterov=sgd.nesterov,
+            fresh=fresh,
             offset=piece.offset,
             distribution=self.distribution.base,
         )

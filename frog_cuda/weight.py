@@ -17,6 +17,7 @@ from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
 from .guides import Guide
 from .layers import parameters_of
+from .sgd import Momentum, Sgd
 from .share import ALONE, Share
 from .tangents import Distribution, Piece, TangentSet
 
@@ -33,6 +34,7 @@ class WeightPerturbation:
     def __init__(self, model: nn.Module, wanted: Any) -> None:
         self.model = model
         self.parameters = _trainable(model, wanted)
+        self.momentum = Momentum(self.parameters)
         self.pieces: list[Piece] = []
         offset = 0
         for name, p in self.parameters.items():
@@ -174,15 +176,22 @@ class WeightPerturbation:
                 yield piece.name, estimate.custom[start : start + piece.numel].view(piece.shape).to(dtype)
             start += piece.numel
 
-    def update_(self, tangents: TangentSet, estimate: Estimate, lr: float, only: Collection[Piece] | None = None) -> None:
-        """``p -= lr * estimate`` in place, of all parameters that took part or only some of them."""
+    def update_(self, tangents: TangentSet, estimate: Estimate, sgd: Sgd, only: Collection[Piece] | None = None) -> None:
+        """A step of SGD in place, of all parameters that took part or only some of them."""
         if estimate.base_coefficients is None or estimate.computed is not None:
             for name, g in self.gradients(tangents, estimate, only):
-                self.parameters[name].detach().sub_(g, alpha=lr)
+                buffer, fresh = self.momentum.buffer(name, sgd)
+                sgd.step_(self.parameters[name].detach(), g, buffer, fresh)
+                self.momentum.keep(name, buffer)
             return
         for piece in self.used if only is None else only:
             p = self.parameters[piece.name]
-            tangents.axpy_(p.detach(), piece, estimate.base_coefficients, -lr)
+            if sgd.plain:
+                tangents.axpy_(p.detach(), piece, estimate.base_coefficients, -sgd.lr)
+            else:
+                buffer, fresh = self.momentum.buffer(piece.name, sgd)
+                tangents.sgd_(p.detach(), buffer, fresh, piece, estimate.base_coefficients, sgd)
+                self.momentum.keep(piece.name, buffer)
             torch.autograd.graph.increment_version(p)
 
 

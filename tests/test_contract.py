@@ -136,6 +136,28 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
         dict(self=target, state=_state(), coefficients=_rand(3), alpha=0.5, offset=5, first=1, distribution=0)
         for target in (_rand(7, 10, dtype=dtype), _rand(10, 7, dtype=dtype).T)
     ],
+    "tangent_sgd_": lambda dtype: [
+        dict(
+            self=target,
+            buffer=buffer,
+            state=_state(),
+            coefficients=_rand(3),
+            lr=0.5,
+            momentum=0.0 if buffer is None else 0.9,
+            dampening=0.0,
+            weight_decay=0.1,
+            nesterov=buffer is not None,
+            fresh=False,
+            offset=5,
+            first=1,
+            distribution=0,
+        )
+        for target, buffer in (
+            (_rand(7, 10, dtype=dtype), _rand(10, 7, dtype=dtype).T),
+            (_rand(10, 7, dtype=dtype).T, _rand(7, 10, dtype=dtype)),
+            (_rand(7, 10, dtype=dtype), None),
+        )
+    ],
     "cholesky_project": lambda dtype: [
         dict(gram=_spd(3, 3, dtype=dtype), derivatives=_rand(3, 4, dtype=dtype), rtol=1e-7),
         dict(gram=_spd(2, 3, 3, dtype=dtype), derivatives=_rand(2, 3, 4, dtype=dtype), rtol=1e-7),
@@ -322,7 +344,7 @@ def test_an_input_that_requires_grad_raises(name, i, key, way):
         way(name)(**arguments)
     with torch.no_grad():
         out = way(name)(**arguments)
-    if name != "tangent_axpy_":
+    if not name.endswith("_"):
         for t in (out,) if isinstance(out, Tensor) else out:
             assert not t.requires_grad
 

@@ -49,6 +49,15 @@ def combine(kernels, state, c, target, offset=0, first=0, distribution="normal",
     )[0]
 
 
+def sgd(kernels, state, c, p, buffer, options, offset=0, first=0, distribution="normal", fresh=False, seed=0):
+    """Parameter and buffer after a step; buffer None: without momentum."""
+    code, dtype = ops.DISTRIBUTIONS[distribution], DTYPES.index(p.dtype)
+    tensors = (InOut(p), None if buffer is None else InOut(buffer))
+    numbers = (len(c), len(p), offset, first, code, dtype, options.get("nesterov", False), fresh)
+    rates = (options.get(name, 0.0) for name in ("lr", "momentum", "dampening", "weight_decay"))
+    return kernels.run("tangent_sgd", state, c.double(), *tensors, *numbers, *rates, seed=seed)
+
+
 def workspace(kernels, k, n):
     """Filled with NaN: what the first kernel leaves out, the second finds."""
     return Out((int(kernels.run("gram_workspace", Out((1,), torch.int64), k, n)[0]),), torch.float64)
@@ -165,6 +174,55 @@ def test_a_whole_basis_on_one_coordinate_is_added_in_order(kernels):
     assert torch.equal(combined, ops.tangent_combine(state, c, 9, distribution="standard_basis"))
 
 
+# ---- steps of SGD
+
+SGD = [
+    dict(lr=0.1, weight_decay=0.1),
+    dict(lr=0.1, momentum=0.9, dampening=0.3),
+    dict(lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("options", SGD, ids=["decay", "momentum", "nesterov"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_sgd(kernels, distribution, dtype, options, fresh):
+    for numel, offset in ((7, 1021), (1025, 1021), (2048, 1024)):  # the last is aligned
+        state, c = state_for(distribution, 5, numel, offset), torch.tensor([0.5, -2.0, 1.0])
+        p = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(dtype)
+        kept = p.flip(0) if "momentum" in options else None
+        if fresh and kept is not None:
+            kept.fill_(float("nan"))  # is not read
+        found = sgd(kernels, state, c, p, kept, options, offset, 2, distribution, fresh)
+        exact = [p.double(), *([] if kept is None else [kept.double()])]
+        how = dict(options, offset=offset, first=2, distribution=distribution, fresh=fresh)
+        twin = [p.clone(), None if kept is None else kept.clone()]
+        ops.tangent_sgd_(exact[0], exact[1] if kept is not None else None, state, c, **how)
+        ops.tangent_sgd_(*twin, state, c, **how)
+        for actual, wanted, host in zip(found, exact, [t for t in twin if t is not None], strict=True):
+            if dtype == torch.float64:
+                assert_close64(actual, wanted)
+            elif dtype == torch.float32:
+                assert_close32(actual, wanted)
+            else:
+                assert_as_good_as_torch(actual, wanted.to(dtype), wanted)
+            if distribution != "normal":  # the same sums in the same order, and the same operations on them
+                assert torch.equal(actual, host)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_sgd_strides_over_windows(kernels, distribution):
+    n = 160_000 if distribution == "rademacher" else 40_000
+    state, c = state_for(distribution, 3, n, 3), torch.tensor([0.5, -2.0, 1.0])
+    p, kept = torch.linspace(-1, 1, n), torch.linspace(1, -1, n)
+    found = sgd(kernels, state, c, p, kept, SGD[2], 3, 0, distribution)
+    exact = p.double(), kept.double()
+    ops.tangent_sgd_(*exact, state, c, offset=3, distribution=distribution, **SGD[2])
+    for actual, wanted in zip(found, exact, strict=True):
+        assert_close32(actual, wanted)
+
+
 # ---- Gram matrices
 
 
@@ -255,6 +313,8 @@ def test_a_step_out_of_range_gives_nan(kernels, distribution, step):
         assert sample(kernels, state, 3, 1025, 5, 0, distribution, dtype).isnan().all()
     assert combine(kernels, state, torch.ones(2), Out((1025,)), 5, 0, distribution).isnan().all()
     assert combine(kernels, state, torch.ones(2), torch.ones(1025), 5, 0, distribution, True).isnan().all()
+    for moved in sgd(kernels, state, torch.ones(2), torch.ones(1025), torch.ones(1025), SGD[1], 5, 0, distribution):
+        assert moved.isnan().all()
     assert tangent_gram(kernels, state, 3, 1025, 5, 0, distribution).isnan().all()
 
 
@@ -264,6 +324,8 @@ def test_a_negative_coordinate_gives_nan(kernels):
     assert drawn[1].isnan().all() and drawn[0].sum() == 1 and drawn[2].sum() == 1
     assert combine(kernels, state, torch.ones(3), Out((1025,)), 0, 0, "standard_basis").isnan().all()
     assert combine(kernels, state, torch.ones(3), torch.ones(1025), 0, 0, "standard_basis", True).isnan().all()
+    for moved in sgd(kernels, state, torch.ones(3), torch.ones(1025), torch.ones(1025), SGD[1], 0, 0, "standard_basis"):
+        assert moved.isnan().all()
     nan = float("nan")
     expected = torch.tensor([[1, nan, 0], [nan, nan, nan], [0, nan, 1]], dtype=torch.float64)
     actual = tangent_gram(kernels, state, 3, 1025, 0, 0, "standard_basis")

@@ -177,6 +177,22 @@ def case_update_in_place():
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
 
 
+def case_update_with_momentum():
+    """And the momentum is everyone's: any rank's state resumes any other's."""
+    options = dict(momentum=0.9, weight_decay=0.01, nesterov=True)
+    for combine in ("replay", "slices"):
+        alone, model = net(), net()
+        parallel = TangentParallel(estimator(model, perturb="weight"), combine=combine)
+        single = estimator(alone, perturb="weight")
+        for step in range(3):
+            for fg in (parallel, single):
+                fg.derivatives(*data(step))
+                fg.update_(0.01, **options)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+        found, expected = parallel.state_dict()["momentum"], single.state_dict()["momentum"]
+        assert found.keys() == expected.keys() and all(torch.equal(found[n], t) for n, t in expected.items())
+
+
 def case_a_loss_for_the_batch():
     alone, model = net(), net()
     options = {"k": 5, "seed": 3}

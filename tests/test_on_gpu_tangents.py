@@ -69,6 +69,20 @@ def test_combine_and_axpy_equal_the_cpu(distribution, k, numel, offset):
         assert torch.equal(actual, expected) and torch.equal(moved, expected_moved)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("numel, offset", RANGES)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_sgd_equals_the_cpu(distribution, numel, offset, fresh):
+    state, c = state_for(distribution, 3, numel, offset), torch.tensor([0.5, -2.0, 1.0])
+    how = dict(lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True, fresh=fresh, offset=offset, distribution=distribution)
+    host = torch.linspace(-1, 1, numel), torch.linspace(1, 2, numel)
+    device = tuple(t.to(DEVICE) for t in host)
+    ops.tangent_sgd_(*host, state, c, **how)
+    ops.tangent_sgd_(*device, state.to(DEVICE), c.to(DEVICE), **how)
+    for actual, expected in zip(device, host, strict=True):
+        assert_close32(actual.cpu(), expected.double())
+
+
 @pytest.mark.parametrize("numel, offset", RANGES)
 @pytest.mark.parametrize("k", [1, 2, 3, 7, 16, 33, 64, 65, 100])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

@@ -2,6 +2,8 @@
 // can read it without waiting.
 #pragma once
 
+#include <cmath>
+
 #include "../checks.h"
 #include "../distributions.h"
 
@@ -45,6 +47,31 @@ inline void check_coefficients(const char* op, const Tensor& coefficients) {
   check_floating(op, "coefficients", coefficients);
   STD_TORCH_CHECK(coefficients.dim() == 1 && coefficients.size(0) >= 1, op, ": coefficients has shape ",
                   shape_string(coefficients), ", expected (k,) with k >= 1");
+}
+
+/// A step of SGD, as torch.optim.SGD does it. fresh: the buffer holds nothing yet.
+struct Sgd {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, fresh;
+};
+
+inline void check_sgd(const char* op, const Tensor& self, const std::optional<Tensor>& buffer, const Sgd& s) {
+  check_floating(op, "self", self);
+  STD_TORCH_CHECK(std::isfinite(s.lr), op, ": lr is ", s.lr, "; expected a finite number");
+  STD_TORCH_CHECK(std::isfinite(s.dampening), op, ": dampening is ", s.dampening, "; expected a finite number");
+  STD_TORCH_CHECK(s.momentum >= 0 && std::isfinite(s.momentum), op, ": momentum is ", s.momentum,
+                  "; expected a finite number >= 0");
+  STD_TORCH_CHECK(s.weight_decay >= 0 && std::isfinite(s.weight_decay), op, ": weight_decay is ", s.weight_decay,
+                  "; expected a finite number >= 0");
+  STD_TORCH_CHECK(!s.nesterov || (s.momentum > 0 && s.dampening == 0), op, ": nesterov needs momentum > 0 and ",
+                  "dampening 0, but momentum is ", s.momentum, " and dampening is ", s.dampening);
+  STD_TORCH_CHECK(buffer.has_value() == (s.momentum > 0), op, ": buffer is ", buffer ? "given" : "missing",
+                  ", but momentum is ", s.momentum, "; a buffer is needed where momentum > 0, and only there");
+  if (!buffer) return;
+  check_dtype(op, "buffer", *buffer, self.scalar_type());
+  check_shape(op, "buffer", *buffer, shape_of(self));
+  STD_TORCH_CHECK(self.numel() == 0 || buffer->data_ptr() != self.data_ptr(), op,
+                  ": buffer and self are the same memory; expected a buffer of its own");
 }
 
 inline void check_gram(const char* op, const Tensor& tangents) {

@@ -162,6 +162,26 @@ Tensor tangent_combine(const Tensor& state, const Tensor& coefficients, int64_t 
   return out;
 }
 
+// Calls body(at, sums, n) with n sums, in the compute type of T, of c_i times tangent i for the elements from `at` on;
+// all numel elements in all, at most a group at a time, in parallel.
+template <class T, class Body>
+void for_each_sum(const char* op, const Tensor& state, const Tensor& coefficients, double alpha, int64_t numel,
+                  int64_t offset, int64_t first, int64_t distribution, const Body& body) {
+  using C = typename ComputeOf<T>::type;
+  const std::vector<C> c = read_coefficients<C>(op, coefficients, alpha);
+  const int64_t k = static_cast<int64_t>(c.size());
+  const DrawSpec spec = draw_spec(op, state, k, first, distribution);
+  for_each_chunk(offset, numel, k, [&](int64_t start, int64_t count) {
+    C sums[kRademacherGroup];
+    for (int64_t at = start; at < start + count;) {
+      const int64_t n = std::min((at / kRademacherGroup + 1) * kRademacherGroup, start + count) - at;
+      combine(spec, k, c.data(), at, n, sums);
+      body(at - offset, sums, n);
+      at += n;
+    }
+  });
+}
+
 void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients, double alpha, int64_t offset,
                    int64_t first, int64_t distribution) {
   const char* op = "tangent_axpy_";
@@ -171,22 +191,65 @@ void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients
   dispatch_floating(op, self.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using C = typename ComputeOf<T>::type;
-    const std::vector<C> c = read_coefficients<C>(op, coefficients, alpha);
-    const int64_t k = static_cast<int64_t>(c.size());
-    const DrawSpec spec = draw_spec(op, state, k, first, distribution);
     Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
     T* data = static_cast<T*>(target.mutable_data_ptr());
-    for_each_chunk(offset, target.numel(), k, [&](int64_t start, int64_t count) {
-      C sums[kRademacherGroup];
-      for (int64_t at = start; at < start + count;) {
-        const int64_t n = std::min((at / kRademacherGroup + 1) * kRademacherGroup, start + count) - at;
-        combine(spec, k, c.data(), at, n, sums);
-        T* out = data + at - offset;
-        for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(static_cast<C>(out[j]) + sums[j]);
-        at += n;
-      }
-    });
+    for_each_sum<T>(op, state, coefficients, alpha, target.numel(), offset, first, distribution,
+                    [&](int64_t at, const C* sums, int64_t n) {
+                      T* out = data + at;
+                      for (int64_t j = 0; j < n; ++j) out[j] = static_cast<T>(static_cast<C>(out[j]) + sums[j]);
+                    });
     if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
+  });
+}
+
+// p and buffer [n] one step on, with sums g [n]; buffer null: without momentum. Operations in the order of
+// torch.optim.SGD's, which rounds low precision after each of them; here the results alone are rounded.
+template <class T, class C>
+void sgd_step(const Sgd& s, const C* g, int64_t n, T* p, T* buffer) {
+  const C lr = static_cast<C>(s.lr), momentum = static_cast<C>(s.momentum), decay = static_cast<C>(s.weight_decay);
+  const C taken = static_cast<C>(1 - s.dampening);
+  const auto each = [&](const auto& moved) {
+    for (int64_t j = 0; j < n; ++j) {
+      const C value = static_cast<C>(p[j]);
+      p[j] = static_cast<T>(value - lr * moved(j, decay != 0 ? g[j] + decay * value : g[j]));
+    }
+  };
+  const auto keep = [&](int64_t j, C next) {
+    buffer[j] = static_cast<T>(next);
+    return next;
+  };
+  const auto next_of = [&](int64_t j, C d) { return momentum * static_cast<C>(buffer[j]) + taken * d; };
+  if (buffer == nullptr) return each([](int64_t, C d) { return d; });
+  if (s.nesterov) {
+    if (s.fresh) return each([&](int64_t j, C d) { return d + momentum * keep(j, d); });
+    return each([&](int64_t j, C d) { return d + momentum * keep(j, next_of(j, d)); });
+  }
+  if (s.fresh) return each(keep);
+  each([&](int64_t j, C d) { return keep(j, next_of(j, d)); });
+}
+
+void tangent_sgd_(Tensor& self, std::optional<Tensor> buffer, const Tensor& state, const Tensor& coefficients,
+                  double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool fresh,
+                  int64_t offset, int64_t first, int64_t distribution) {
+  const char* op = "tangent_sgd_";
+  const Sgd step{lr, momentum, dampening, weight_decay, nesterov, fresh};
+  check_cpu(op, "self", self);
+  if (buffer) check_cpu(op, "buffer", *buffer);
+  check_sgd(op, self, buffer, step);
+  check_range(op, self.numel(), offset);
+  dispatch_floating(op, self.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using C = typename ComputeOf<T>::type;
+    Tensor target = torch::stable::contiguous(self);
+    std::optional<Tensor> moved;
+    if (buffer) moved = torch::stable::contiguous(*buffer);
+    T* data = static_cast<T*>(target.mutable_data_ptr());
+    T* kept = moved ? static_cast<T*>(moved->mutable_data_ptr()) : nullptr;
+    for_each_sum<T>(
+        op, state, coefficients, 1.0, target.numel(), offset, first, distribution,
+        [&](int64_t at, const C* sums, int64_t n) { sgd_step(step, sums, n, data + at, kept ? kept + at : nullptr); });
+    if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
+    if (buffer && moved->data_ptr() != buffer->data_ptr()) torch::stable::copy_(*buffer, *moved);
   });
 }
 
@@ -196,6 +259,7 @@ STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
   m.impl("gram", TORCH_BOX(&gram_of));
   m.impl("tangent_combine", TORCH_BOX(&tangent_combine));
   m.impl("tangent_axpy_", TORCH_BOX(&tangent_axpy_));
+  m.impl("tangent_sgd_", TORCH_BOX(&tangent_sgd_));
 }
 
 }  // namespace

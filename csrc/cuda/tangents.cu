@@ -4,7 +4,7 @@
 // state holds cannot be refused as on the CPU. A step outside [0, 2^32) makes the whole result NaN, a negative
 // coordinate of a standard basis its tangent, that tangent's row and column of the Gram matrix, and every linear
 // combination.
-#include "kernels/tangents.cuh"
+#include "kernels/combine.cuh"
 
 #include "../arguments/tangents.h"
 #include "device.h"
@@ -71,10 +71,41 @@ void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients
   if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
 }
 
+void tangent_sgd_(Tensor& self, std::optional<Tensor> buffer, const Tensor& state, const Tensor& coefficients,
+                  double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool fresh,
+                  int64_t offset, int64_t first, int64_t distribution) {
+  const char* op = "tangent_sgd_";
+  const Sgd step{lr, momentum, dampening, weight_decay, nesterov, fresh};
+  check_same_device(op, "self", self, state);
+  check_same_device(op, "state", state, self);
+  check_same_device(op, "coefficients", coefficients, self);
+  if (buffer) check_same_device(op, "buffer", *buffer, self);
+  check_sgd(op, self, buffer, step);
+  check_range(op, self.numel(), offset);
+  check_coefficients(op, coefficients);
+  check_draw(op, state, coefficients.size(0), first, distribution);
+  const OnDevice stream(self);
+  const Tensor c = torch::stable::contiguous(to_dtype(coefficients, ScalarType::Double));  // [k]
+  Tensor target = torch::stable::contiguous(self);
+  std::optional<Tensor> moved;
+  if (buffer) moved = torch::stable::contiguous(*buffer);
+  dispatch_floating(op, self.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using C = typename Compute<T>::type;
+    const SgdRow<T> row(out<T>(target), moved ? out<T>(*moved) : nullptr, target.numel(), offset,
+                        {static_cast<C>(lr), static_cast<C>(momentum), static_cast<C>(1 - dampening),
+                         static_cast<C>(weight_decay), nesterov, fresh});
+    launch_sgd(in<int64_t>(state), in<double>(c), row, c.size(0), offset, first, distribution, stream);
+  });
+  if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
+  if (buffer && moved->data_ptr() != buffer->data_ptr()) torch::stable::copy_(*buffer, *moved);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CUDA, m) {
   m.impl("sample_tangents", TORCH_BOX(&sample_tangents));
   m.impl("tangent_combine", TORCH_BOX(&tangent_combine));
   m.impl("tangent_axpy_", TORCH_BOX(&tangent_axpy_));
+  m.impl("tangent_sgd_", TORCH_BOX(&tangent_sgd_));
 }
 
 }  // namespace

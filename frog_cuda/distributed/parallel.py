@@ -22,6 +22,7 @@ from ..activity import ActivityPerturbation
 from ..aggregate import Aggregate
 from ..estimate import Estimate, _check_finite
 from ..forward_gradient import ForwardGradient
+from ..sgd import Sgd
 from ..share import Share, from_limbs, limbs
 from ..tangents import Piece
 from ..weight import WeightPerturbation, inputs_of
@@ -162,23 +163,37 @@ class TangentParallel:
         with torch.no_grad():
             for name, g in method.gradients(tangents, estimate, parts[self._everyone.rank]):
                 found[name].copy_(g)
-            self._exchange_parts(parts, lambda piece: found[piece.name])
+            self._exchange_parts(parts, lambda piece: [found[piece.name]])
         return found
 
     def accumulate_(self) -> None:
         """Adds the estimate of the latest call to ``.grad``."""
         self.fg._add_to_grad(self.gradients())
 
-    def update_(self, lr: float) -> None:
-        """``p -= lr * estimate`` in place; weight perturbation only."""
-        method = self.fg._method
+    def update_(
+        self,
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        """As :meth:`frog_cuda.ForwardGradient.update_`; weight perturbation only. Every rank holds all of the momentum, so that
+        any of them can be resumed from the state of any other; with ``combine="slices"`` it is sent along with the parameters.
+        """
+        sgd, method = Sgd(lr, momentum, dampening, weight_decay, nesterov), self.fg._method
         if not isinstance(method, WeightPerturbation) or not self._by_slices():
-            self.fg.update_(lr)
+            self.fg._update_(sgd, None)
             return
         parts, parameters = self._parts(), method.parameters
-        self.fg._update_(lr, parts[self._everyone.rank])
+        self.fg._update_(sgd, parts[self._everyone.rank])
         with torch.no_grad():
-            self._exchange_parts(parts, lambda piece: parameters[piece.name].detach())
+            # those of other ranks' parameters are to be overwritten, whatever is in them
+            buffers = {piece.name: method.momentum.buffer(piece.name, sgd)[0] for piece in method.used}
+            moved = {n: [parameters[n].detach(), *([] if b is None else [b])] for n, b in buffers.items()}
+            self._exchange_parts(parts, lambda piece: moved[piece.name])
+        for name, buffer in buffers.items():
+            method.momentum.keep(name, buffer)
 
     def check(self) -> None:
         """Compares a checksum of each parameter among all ranks. Every rank calls it, and all raise where one differs.
@@ -264,9 +279,9 @@ class TangentParallel:
         assert isinstance(self.fg._method, WeightPerturbation)
         return deal(self.fg._method.used, self._everyone.size)
 
-    def _exchange_parts(self, parts: list[list[Piece]], tensor_of: Callable[[Piece], Tensor]) -> None:
+    def _exchange_parts(self, parts: list[list[Piece]], tensors_of: Callable[[Piece], list[Tensor]]) -> None:
         """Gives each rank the others' parts of the tensors, which it overwrites."""
-        channel, tensors = self._everyone, [[tensor_of(piece) for piece in part] for part in parts]
+        channel, tensors = self._everyone, [[t for piece in part for t in tensors_of(piece)] for part in parts]
         longest = max(sum(t.numel() * t.element_size() for t in part) for part in tensors)
         own = torch.zeros(longest, dtype=torch.uint8, device=self.fg._method.device)
         packed = pack(tensors[channel.rank])

@@ -1,5 +1,4 @@
-#include "cuda/kernels/tangents.cuh"
-
+#include "cuda/kernels/combine.cuh"
 #include "cuda/kernels/gram.cuh"
 #include "exported.h"
 
@@ -30,6 +29,24 @@ EXPORTED(tangent_combine)
   dispatch(code, [&](auto zero) {
     frog::launch_combine(state, coefficients, static_cast<decltype(zero)*>(out), k, numel, offset, first, distribution,
                          add != 0, alpha, nullptr);
+  });
+}
+
+EXPORTED(tangent_sgd)
+(const int64_t* state, const double* coefficients, void* data, void* buffer, int64_t k, int64_t numel, int64_t offset,
+ int64_t first, int64_t distribution, int64_t code, int64_t nesterov, int64_t fresh, double lr, double momentum,
+ double dampening, double weight_decay) {
+  dispatch(code, [&](auto zero) {
+    using T = decltype(zero);
+    using C = typename frog::Compute<T>::type;
+    const frog::SgdStep<C> step{static_cast<C>(lr),
+                                static_cast<C>(momentum),
+                                static_cast<C>(1 - dampening),
+                                static_cast<C>(weight_decay),
+                                nesterov != 0,
+                                fresh != 0};
+    const frog::SgdRow<T> row(static_cast<T*>(data), static_cast<T*>(buffer), numel, offset, step);
+    frog::launch_sgd(state, coefficients, row, k, offset, first, distribution, nullptr);
   });
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import floors
 import pytest
+import torch
 from alternatives import ALTERNATIVES, COMPILED, JaxGrad
 from cases import (
     MORE,
@@ -19,6 +20,7 @@ from cases import (
     ForwardOnly,
     Method,
     Unsuitable,
+    WeightNormal,
     cosine,
     layers_alone,
 )
@@ -154,6 +156,15 @@ def test_derivatives(name: str, k: int, part: Callable[..., None]) -> None:
 
 def test_layers_alone(name: str, k: int, part: Callable[..., None]) -> None:
     part(name, lambda p: layers_alone(p, k), method="layers alone", part="", k=k)
+
+
+def test_one_product(name: str, k: int, part: Callable[..., None]) -> None:
+    """A square matrix product by the library with as many FLOPs as weight perturbation."""
+    if not name.startswith("fc"):
+        pytest.skip("other models' products are not one shape")
+    side = round((floors.floor(WeightNormal.name, same_products(name), k).flops / 2) ** (1 / 3))
+    a, b = torch.randn(2, side, side)
+    part(name, lambda p: lambda: torch.mm(a, b), method=f"GEMM, {WeightNormal.name}", part="", k=k)
 
 
 @methods(COMPILED)

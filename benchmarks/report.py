@@ -20,6 +20,16 @@ def op_table(records: Sequence[Record]) -> str:
     return table(["operator", "case", "against", "us", "ns per element", "times faster"], rows)
 
 
+def overhead_table(records: Sequence[Record]) -> str:
+    """``time``: of a layer on a DualTensor; ``against``: of the operators it calls. Python's part is the difference."""
+    rows = [
+        [r["op"], str(r["calls"]), *(f"{t * 1e6:.1f}" for t in (r["time"], r["against"], r["time"] - r["against"]))]
+        for r in records
+        if r["table"] == "overhead"
+    ]
+    return table(["layer", "operators", "layer, us", "operators, us", "Python, us"], rows)
+
+
 # ---- Gram, projection and combination within a step
 
 
@@ -90,6 +100,21 @@ def _memory(model: str, method: str, k: int, of: str) -> Value:
     return measure
 
 
+def _overhead(records: Sequence[Record]) -> float | None:
+    found = [r["time"] - r["against"] for r in records if r["table"] == "overhead"]
+    return max(found) * 1e6 if found else None
+
+
+def _to_products(model: str, method: str, k: int) -> Value:
+    """Both were timed in turns with backprop."""
+
+    def measure(records: Sequence[Record]) -> float | None:
+        ours, bare = (_to_backprop(model, m, k, p)(records) for m, p in ((method, "gradient"), (f"GEMM, {method}", "")))
+        return None if ours is None or bare is None else ours / bare
+
+    return measure
+
+
 def _share(method: str) -> Value:
     def measure(records: Sequence[Record]) -> float | None:
         s = find(shares(records), method=method, model="fc1024")
@@ -112,6 +137,8 @@ FIGURES = [
            _faster("fc1024", "weight, normal", 16, "vmap(jvp)")),
     Figure("fc1024, weight, normal, k = 16: times faster than JAX", 10, True,
            _faster("fc1024", "weight, normal", 16, "JAX jit, vmap(jvp)")),
+    Figure("fc1024, weight, normal, k = 16: x one library GEMM of the same FLOPs", 1.5, False,
+           _to_products("fc1024", "weight, normal", 16)),
     *_ratios("fc1024", "weight, normal", {1: 1.6}),
     *_ratios("fc1024", "activity", {1: 0.9, 4: 1.4, 16: 3}),
     *_ratios("fc256", "activity", {16: 2.2}),
@@ -132,9 +159,10 @@ for _model in ("resnet18-128", "gpt256", "gpt1024"):
             if _k == 1:
                 _text = f"{_model}, {_method}, k = 1: x checkpointed backprop's peak memory"
                 FIGURES.append(Figure(_text, 1, False, _memory(_model, _method, _k, "checkpointed backprop")))
-for _method in ("activity", "weight, Rademacher", "weight, low rank", "weight, normal"):
+for _method, _most in {"activity": 10, "weight, Rademacher": 10, "weight, low rank": 10, "weight, normal": 30}.items():
     _text = f"Gram + projection + combination, {_method}, fc1024, k = 16: % of the step"
-    FIGURES.append(Figure(_text, 10, False, _share(_method)))
+    FIGURES.append(Figure(_text, _most, False, _share(_method)))
+FIGURES.append(Figure("Python in a fused layer call, the slowest of those measured: microseconds", 10, False, _overhead))
 FIGURES += report_models.FIGURES
 
 
@@ -165,6 +193,8 @@ def markdown(machine: Record, records: Sequence[Record]) -> str:
         parts += ["## Attention, 8 heads of depth 64", report_models.attention_table(records)]
     if shares(records):
         parts += ["## Gram, projection and combination within a step", share_table(records)]
+    if any(r["table"] == "overhead" for r in records):
+        parts += ["## Python in a fused layer call, k = 4, tiny tensors", overhead_table(records)]
     if any(r["table"] == "op" for r in records):
         parts += ["## Operators", op_table(records)]
     return "\n\n".join(parts) + "\n"

@@ -246,9 +246,11 @@ def main() -> int:
             print("peak memory left out: this system cannot reset the high-water mark of a process", file=sys.stderr)
         else:
             if "memory" in options.parts:
-                results.add([{**r, **circumstances()} for r in run_memory(options, results.records)])
+                for record in run_memory(options, list(results.records)):
+                    results.add([{**record, **circumstances()}])  # each at once: what comes next may not fit into memory
             if "attention" in options.parts:
-                results.add([{**r, **circumstances()} for r in run_attention_memory(options)])
+                for record in run_attention_memory(options):
+                    results.add([{**record, **circumstances()}])
     print(results.write())
     report_docs.write(options.docs, results.file.name, results.about, results.records)
     if not right:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from problems import GPT, Problem
 from report_tables import Record, find, table
@@ -57,10 +58,10 @@ def problem(axis: str, value: int) -> tuple[Problem, int]:
     return Problem(f"fc-{axis}-{value}" if axis != "length" else f"gpt-{value}", make), sizes["k"]
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the straight line with the least sum of squares."""
-    x, y = (sum(column) / len(points) for column in zip(*points))
-    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+def slope(points: Sequence[tuple[float, float]], *, relative: bool = False) -> float:
+    """Of the straight line with the least sum of squared errors, absolute or relative to y."""
+    x, y = np.array(points, dtype=float).T
+    return float(np.polyfit(x, y, 1, w=1 / y if relative else None)[0])
 
 
 def fits(records: Sequence[Record]) -> list[Record]:
@@ -77,20 +78,13 @@ def fits(records: Sequence[Record]) -> list[Record]:
             found = {"axis": axis, "method": method, "values": [r["value"] for r in cases]}
             if axis == "k":
                 assert plain is not None
-                found["slope"] = relative_slope([(r["k"], r["ratio"] / plain["ratio"]) for r in cases])
-                found["floor"] = relative_slope([(r["k"], r["flops"] / plain["flops"]) for r in cases])
+                found["slope"] = slope([(r["k"], r["ratio"] / plain["ratio"]) for r in cases], relative=True)
+                found["floor"] = slope([(r["k"], r["flops"] / plain["flops"]) for r in cases], relative=True)
             else:
                 found["slope"] = slope([(math.log(r["value"]), math.log(r["time"])) for r in cases])
                 found["floor"] = slope([(math.log(r["value"]), math.log(r["flops"])) for r in cases])
             result.append(found)
     return result
-
-
-def relative_slope(points: Sequence[tuple[float, float]]) -> float:
-    """Slope b of y = a + b x with the least sum of squared relative errors."""
-    a = [[sum(x ** (i + j) / y**2 for x, y in points) for j in (0, 1)] for i in (0, 1)]
-    b = [sum(x**i / y for x, y in points) for i in (0, 1)]
-    return (a[0][0] * b[1] - a[1][0] * b[0]) / (a[0][0] * a[1][1] - a[0][1] * a[1][0])
 
 
 def fit_table(records: Sequence[Record]) -> str:

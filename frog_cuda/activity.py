@@ -29,7 +29,7 @@ from .layers import Group
 from .local import local_gradient
 from .share import ALONE, Share
 from .tangents import Distribution, Piece, StandardBasis, Supplied, TangentSet
-from .weight import Inputs, check_parameters, copied_buffers
+from .weight import Inputs, Step, check_parameters, copied_buffers
 
 Perturb = Callable[["Segment", Tensor], Tensor]
 
@@ -94,18 +94,15 @@ class ActivityPerturbation:
 
     def derivatives(
         self,
-        tangents: TangentSet,
+        step: Step,
         aggregate: Aggregate | Custom,
-        loss_fn: Any,
-        inputs: Inputs,
-        target: Any,
         *,
         chunk_size: int | None,
         correct_length: bool,
-        tangent_dtype: torch.dtype | None,
         share: Share = ALONE,
     ) -> Estimate:
         """One forward pass per chunk of this share's tangents."""
+        tangents = step.tangents
         k = tangents.k
         begin, mine = share.span(k)
         end = begin + mine
@@ -119,7 +116,7 @@ class ActivityPerturbation:
             if first > begin:
                 self._numbers.rewind()
             chunk = range(first, min(first + size, end))
-            value, moved = self._pass(tangents, chunk, loss_fn, inputs, target, tangent_dtype, first == starts[-1])
+            value, moved = self._pass(step, chunk, first == starts[-1])
             loss = value.mean()
             kept.append([s.tangents[0] for s in self.segments])
             columns.append(moved)
@@ -134,43 +131,27 @@ class ActivityPerturbation:
         moved = share.gather(columns[0] if len(columns) == 1 else torch.cat(columns), loss, k)
         return self.finish(tangents, aggregate, loss, value.dim() == 1, moved, correct_length, share)
 
-    def _pass(
-        self,
-        tangents: TangentSet,
-        chunk: range,
-        loss_fn: Any,
-        inputs: Inputs,
-        target: Any,
-        tangent_dtype: torch.dtype | None,
-        moves_buffers: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def _pass(self, step: Step, chunk: range, moves_buffers: bool) -> tuple[Tensor, Tensor]:
         """Loss and derivatives of one forward pass, as :func:`read_loss` gives them. Fills ``segments``."""
 
         def perturb(segment: Segment, y: Tensor) -> Tensor:
-            v = tangents.draw(segment.piece, tangent_dtype or primal_of(y).dtype, chunk.start, len(chunk))
+            v = step.tangents.draw(segment.piece, step.tangent_dtype or primal_of(y).dtype, chunk.start, len(chunk))
             segment.tangents.append(v)
             return perturbed(y, v)
 
         with torch.no_grad(), self._hooked(perturb):
+            inputs = step.inputs
             output = (
                 self.model(*inputs[0], **inputs[1])
                 if moves_buffers
                 else functional_call(self.model, copied_buffers(self.model), *inputs)
             )
-            return read_loss(loss_fn(output, target))
+            return read_loss(step.loss_fn(output, step.target))
 
-    def probe(
-        self,
-        tangents: TangentSet,
-        chunk: range,
-        loss_fn: Any,
-        inputs: Inputs,
-        target: Any,
-        tangent_dtype: torch.dtype | None,
-    ) -> int:
+    def probe(self, step: Step, chunk: range) -> int:
         """A pass that leaves no trace but ``segments``. Returns the bytes of tangents, for each, that a step keeps after its
         pass."""
-        self._pass(tangents, chunk, loss_fn, inputs, target, tangent_dtype, False)
+        self._pass(step, chunk, False)
         return sum(s.tangents[0].nbytes for s in self.segments) // len(chunk)
 
     def _warn_of_layers_not_called(self) -> None:

@@ -23,8 +23,7 @@ from .functional import RandomNumbers
 from .tracking import Tracker, free_memory
 
 if TYPE_CHECKING:
-    from .tangents import TangentSet
-    from .weight import Inputs, WeightPerturbation
+    from .weight import Step, WeightPerturbation
 
 __all__ = ["ChunkSizes", "check_chunk_size", "largest"]
 
@@ -68,11 +67,7 @@ class ChunkSizes:
     def choose(
         self,
         method: WeightPerturbation | ActivityPerturbation,
-        tangents: TangentSet,
-        loss_fn: Any,
-        inputs: Inputs,
-        target: Any,
-        tangent_dtype: torch.dtype | None,
+        step: Step,
     ) -> int:
         """How many tangents go into a pass.
 
@@ -82,13 +77,13 @@ class ChunkSizes:
             what the model or the loss raises.
             RuntimeError: there is no budget, and what is free is not known.
         """
-        key = _key(method.model, tangents, inputs, target)
+        key = _key(method.model, step)
         if key not in self._chosen:
 
             def needs(count: int) -> int:
-                return _needs(count, method, tangents, loss_fn, inputs, target, tangent_dtype)
+                return _needs(count, method, step)
 
-            most = max(tangents.drawn, len(tangents.guides))
+            most = max(step.tangents.drawn, len(step.tangents.guides))
             self._chosen[key] = self._choose(needs, most, method.device)
         return self._chosen[key]
 
@@ -138,23 +133,15 @@ def largest(needs: Callable[[int], int], budget: int, most: int) -> tuple[int, i
     return best, measured[best]
 
 
-def _needs(
-    count: int,
-    method: WeightPerturbation | ActivityPerturbation,
-    tangents: TangentSet,
-    loss_fn: Any,
-    inputs: Inputs,
-    target: Any,
-    tangent_dtype: torch.dtype | None,
-) -> int:
+def _needs(count: int, method: WeightPerturbation | ActivityPerturbation, step: Step) -> int:
     """Bytes at most while a step runs with ``count`` tangents in a pass: one pass of each kind is run and watched."""
-    worst = 0
+    worst, tangents = 0, step.tangents
     for begin, end in ((0, tangents.drawn), (tangents.drawn, tangents.k)):
         chunk = range(begin, min(begin + count, end))
         if not chunk:
             continue
         with RandomNumbers(method.parameters.values()).replayed(), Tracker(method.device) as tracker:
-            kept = method.probe(tangents, chunk, loss_fn, inputs, target, tangent_dtype)
+            kept = method.probe(step, chunk)
         # Kept tangents of the other passes lie beside; for the Gram matrix of all layers, all are put together in a copy
         others = (tangents.k - len(chunk)) * kept
         worst = max(worst, tracker.peak + others, tracker.live + others + tangents.k * kept)
@@ -163,12 +150,12 @@ def _needs(
     return worst
 
 
-def _key(model: torch.nn.Module, tangents: TangentSet, inputs: Inputs, target: Any) -> Hashable:
-    leaves, spec = tree_flatten((inputs, target))
+def _key(model: torch.nn.Module, step: Step) -> Hashable:
+    leaves, spec = tree_flatten((step.inputs, step.target))
     return (
         repr(spec),
         *((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else repr(t) for t in leaves),
         tuple(m.training for m in model.modules()),
-        tangents.drawn,
-        len(tangents.guides),
+        step.tangents.drawn,
+        len(step.tangents.guides),
     )

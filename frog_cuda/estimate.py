@@ -79,12 +79,12 @@ def solve(
     """
     distribution, k = tangents.distribution, tangents.k
     distribution.check(k, n)
-    _check_finite("directional derivatives", base_derivatives)
+    check_finite("directional derivatives", base_derivatives)
     dtype, d = base_derivatives.dtype, base_derivatives.double()
     base_gram = _once(base_gram)
     mixing = distribution.mixing(base_gram(), tangents.seed, tangents.step) if distribution.mixed else None
     if mixing is not None:
-        _check_finite("the mixing of the tangents (dependent draws)", mixing)
+        check_finite("the mixing of the tangents (dependent draws)", mixing)
         d = _apply(mixing.mT, d)
 
     def gram() -> Tensor:
@@ -102,12 +102,12 @@ def solve(
         if not isinstance(custom, Tensor) or custom.shape != expected:
             got = tuple(custom.shape) if isinstance(custom, Tensor) else type(custom).__name__
             raise ValueError(f"aggregate: the callable returned {got}; expected a gradient of shape {expected}")
-        _check_finite("the gradient from the custom aggregation", custom)
+        check_finite("the gradient from the custom aggregation", custom)
         return Estimate(loss, d, None, n, None, custom, gram, None, dtype)
     c, rank = aggregate.coefficients(gram() if aggregate.needs_gram else None, d, n, dtype)
     if correct_length:
         c = c * scaling_correction(aggregate, distribution, k, n)
-    _check_finite("coefficients", c)
+    check_finite("coefficients", c)
     return Estimate(loss, d, c, n, c if mixing is None else _apply(mixing, c), None, gram, rank, dtype)
 
 
@@ -151,10 +151,10 @@ def check_loss(loss: Any, name: str) -> None:
         raise TypeError(f"{name} returned {what}; expected a real floating point tensor")
     if loss.dim() > 1 or loss.numel() == 0:
         raise ValueError(f"{name} returned shape {tuple(loss.shape)}; expected a scalar () or one loss per sample (B,), B >= 1")
-    _check_finite("the loss", loss.detach())
+    check_finite("the loss", loss.detach())
 
 
-def _check_finite(what: str, values: Tensor) -> None:
+def check_finite(what: str, values: Tensor) -> None:
     if deferring():
         require(values.isfinite().all(), lambda: FloatingPointError(f"{what}: not all of {values.numel()} values are finite"))
     elif not math.isfinite(values.sum().item()) and not bool(values.isfinite().all()):

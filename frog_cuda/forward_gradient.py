@@ -25,7 +25,7 @@ from .layers import activity_groups, select
 from .sgd import Sgd
 from .share import ALONE, Share
 from .tangents import Piece, TangentSet
-from .weight import Inputs, WeightPerturbation, inputs_of
+from .weight import Inputs, Step, WeightPerturbation, inputs_of
 
 __all__ = ["ForwardGradient", "forward_gradient"]
 
@@ -174,21 +174,12 @@ class ForwardGradient:
 
     def _estimate(self, tangents: TangentSet, inputs: Inputs, target: Any, share: Share = ALONE) -> Estimate:
         """The forward passes along ``tangents``, and the projection; changes nothing of this object's but the chosen chunk."""
+        step = Step(tangents, self.loss_fn, inputs, target, self.tangent_dtype)
         chunk_size = self.chunk_size
         if isinstance(chunk_size, str):
-            method, dtype = self._method, self.tangent_dtype
-            chunk_size = self._chunks.choose(method, tangents, self.loss_fn, inputs, target, dtype)
-            self.chosen_chunk_size = chunk_size
+            chunk_size = self.chosen_chunk_size = self._chunks.choose(self._method, step)
         return self._method.derivatives(
-            tangents,
-            self.aggregate,
-            self.loss_fn,
-            inputs,
-            target,
-            chunk_size=chunk_size,
-            correct_length=self.scaling_correction,
-            tangent_dtype=self.tangent_dtype,
-            share=share,
+            step, self.aggregate, chunk_size=chunk_size, correct_length=self.scaling_correction, share=share
         )
 
     def _took(self, tangents: TangentSet, inputs: Inputs, estimate: Estimate) -> None:

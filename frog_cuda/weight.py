@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,17 @@ from .share import ALONE, Share
 from .tangents import Distribution, Piece, TangentSet
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What the forward passes of one step work on."""
+
+    tangents: TangentSet
+    loss_fn: Any
+    inputs: Inputs
+    target: Any
+    tangent_dtype: torch.dtype | None  # None: that of the primal
 
 
 class WeightPerturbation:
@@ -53,18 +64,15 @@ class WeightPerturbation:
 
     def derivatives(
         self,
-        tangents: TangentSet,
+        step: Step,
         aggregate: Aggregate | Custom,
-        loss_fn: Any,
-        inputs: Inputs,
-        target: Any,
         *,
         chunk_size: int | None,
         correct_length: bool,
-        tangent_dtype: torch.dtype | None,
         share: Share = ALONE,
     ) -> Estimate:
         """One forward pass per chunk of this share's tangents, and of all guides. Fills ``used``: the pieces that took part."""
+        tangents = step.tangents
         drawn, guided = tangents.passes(*share.span(tangents.drawn), chunk_size)
         passes = [*drawn, *guided]
         wants_gram = tangents.distribution.mixed or (isinstance(aggregate, Aggregate) and aggregate.needs_gram)
@@ -78,7 +86,7 @@ class WeightPerturbation:
                 numbers.rewind()
             # Running statistics move once a step, with the last chunk
             moves = chunk is passes[-1]
-            value, moved = self._pass(tangents, chunk, loss_fn, inputs, target, tangent_dtype, grams, touched, moves)
+            value, moved = self._pass(step, chunk, grams, touched, moves)
             loss = value.mean()
             columns.append(moved.reshape(len(chunk), -1).double().mean(1).to(moved.dtype))
         self.used = [p for p in self.pieces if tangents.stored is not None or p.offset in touched]
@@ -107,56 +115,40 @@ class WeightPerturbation:
     @torch.no_grad()
     def _pass(
         self,
-        tangents: TangentSet,
+        step: Step,
         chunk: range,
-        loss_fn: Any,
-        inputs: Inputs,
-        target: Any,
-        tangent_dtype: torch.dtype | None,
         grams: dict[int, Callable[[], Tensor]] | None,
         touched: set[int],
         moves_buffers: bool,
     ) -> tuple[Tensor, Tensor]:
         """Loss and derivatives of one forward pass, as :func:`read_loss` gives them."""
-        state: dict[str, Any] = {
-            piece.name: self._dual(tangents, piece, chunk, grams, touched, tangent_dtype) for piece in self.pieces
-        }
+        state: dict[str, Any] = {piece.name: self._dual(step, piece, chunk, grams, touched) for piece in self.pieces}
         if not moves_buffers:
             state |= copied_buffers(self.model)
-        return read_loss(loss_fn(functional_call(self.model, state, *inputs), target))
+        return read_loss(step.loss_fn(functional_call(self.model, state, *step.inputs), step.target))
 
-    def probe(
-        self,
-        tangents: TangentSet,
-        chunk: range,
-        loss_fn: Any,
-        inputs: Inputs,
-        target: Any,
-        tangent_dtype: torch.dtype | None,
-    ) -> int:
+    def probe(self, step: Step, chunk: range) -> int:
         """A pass that leaves no trace. Returns the bytes of tangents, for each, that a step keeps after its pass."""
-        self._pass(tangents, chunk, loss_fn, inputs, target, tangent_dtype, {}, set(), False)
+        self._pass(step, chunk, {}, set(), False)
         return 0
 
     def _dual(
         self,
-        tangents: TangentSet,
+        step: Step,
         piece: Piece,
         chunk: range,
         grams: dict[int, Callable[[], Tensor]] | None,
         touched: set[int],
-        tangent_dtype: torch.dtype | None,
     ) -> DualTensor:
+        tangents, dtype = step.tangents, step.tangent_dtype
         p, first, count = self.parameters[piece.name], chunk.start, len(chunk)
         if tangents.stored is not None or first >= tangents.drawn:
-            return DualTensor(p, tangents.draw(piece, tangent_dtype or p.dtype, first, count))
-        factors = tangents.factors(piece, tangent_dtype or p.dtype, first, count)
+            return DualTensor(p, tangents.draw(piece, dtype or p.dtype, first, count))
+        factors = tangents.factors(piece, dtype or p.dtype, first, count)
         if factors is not None:
             return DualTensor.sampled_from(p, replace(factors, offset=piece.offset, touched=touched))
         base = tangents.distribution.base
-        sampled = SampledTangents(
-            tangents.state, count, first, piece.offset, base, grams, touched, tangent_dtype, whole=tangents.k
-        )
+        sampled = SampledTangents(tangents.state, count, first, piece.offset, base, grams, touched, dtype, whole=tangents.k)
         return DualTensor.sampled_from(p, sampled)
 
     def gradients(

@@ -145,7 +145,7 @@ def test_resume_refuses_other_settings(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*given, "--seeds", "3"]) == 0
     with pytest.raises(SystemExit):
         main([*given, "--seeds", "4"])
-    assert "made with other settings: seeds was 3 and is 4" in capsys.readouterr().err
+    assert "has other settings: seeds was 3 and is 4" in capsys.readouterr().err
     (tmp_path / "approximation.json").write_text("{}")
     with pytest.raises(SystemExit):
         main([*given, "--seeds", "3"])

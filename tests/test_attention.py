@@ -132,10 +132,17 @@ def test_low_precision_is_as_good_as_pytorchs(dtype):
     assert_as_good_as_torch(dout, own, exact[1])
 
 
-def test_tangents_of_another_dtype():
-    q, dq, k, dk, v, dv = inputs(SHAPES[0], dtype=torch.float32)
-    out, dout = ops.attention_jvp(q, dq.bfloat16(), k, dk.bfloat16(), v, dv.bfloat16())
-    exact = reference.attention_jvp(q, dq.bfloat16(), k, dk.bfloat16(), v, dv.bfloat16())
+@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+@pytest.mark.parametrize("perturbed", PERTURBED, ids=lambda p: "".join(n for n, m in zip("qkv", p, strict=True) if m))
+def test_tangents_of_another_dtype(shape, perturbed):
+    """Rows of wider tensors, as those of q, k and v that one layer computes together."""
+    arguments = inputs(shape, perturbed, torch.float32)
+    for i in (1, 3, 5):
+        if arguments[i] is not None:
+            wide = F.pad(arguments[i].bfloat16(), (3, 5), value=1.0)
+            arguments[i] = wide[..., 3 : 3 + arguments[i].shape[-1]]
+    out, dout = ops.attention_jvp(*arguments)
+    exact = reference.attention_jvp(*arguments)
     assert out.dtype == torch.float32 and dout.dtype == torch.bfloat16
     assert_close32(out, exact[0])
     assert_close32(dout.float(), exact[1], torch.finfo(torch.bfloat16).eps)  # one rounding of the result

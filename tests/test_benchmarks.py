@@ -239,7 +239,7 @@ def test_slopes_are_those_of_a_line_and_of_a_power() -> None:
     import scaling
 
     assert scaling.slope([(1, 5), (2, 7), (4, 11)]) == pytest.approx(2)
-    assert scaling.relative_slope([(1, 5), (2, 7), (4, 11)]) == pytest.approx(2)
+    assert scaling.slope([(1, 5), (2, 7), (4, 11)], relative=True) == pytest.approx(2)
     plain = {"table": "scaling", "axis": "k", "value": 1, "method": "forward only", "k": 0, "ratio": 0.5, "flops": 10.0}
     cases = [plain] + [
         {"table": "scaling", "axis": "k", "value": k, "method": "activity", "k": k, "ratio": 1 + k, "flops": 10.0 + 5 * k}

@@ -17,6 +17,7 @@ from frog_cuda import cuda_graph, tracking
 from frog_cuda.chunk_size import largest
 from frog_cuda.experiments import models
 from frog_cuda.tracking import Tracker, free_memory
+from frog_cuda.weight import Step
 
 K = 8
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def make(model: nn.Module, chunk_size="auto", **options) -> frog.ForwardGradient
 def needs(fg: frog.ForwardGradient, count: int, rows: int = 16) -> int:
     x, y = data(rows)
     inputs = (x,), {}
-    return chunks._needs(count, fg._method, fg.tangent_set(inputs), fg.loss_fn, inputs, y, fg.tangent_dtype)
+    return chunks._needs(count, fg._method, Step(fg.tangent_set(inputs), fg.loss_fn, inputs, y, fg.tangent_dtype))
 
 
 def peak(fg: frog.ForwardGradient, rows: int = 16) -> int:

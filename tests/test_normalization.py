@@ -23,6 +23,7 @@ LAYOUTS = {
     "batch": ((33, 4), (4,), dict(outer=33, groups=4, weight_groups=4)),
     "batch 2d": ((7, 5, 3, 4), (5,), dict(outer=7, groups=5, weight_groups=5)),
     "batch 3d": ((2, 1, 3, 4, 5), (1,), dict(outer=2, groups=1, weight_groups=1)),
+    "batch, long rows": ((3, 4, 70), (4,), dict(outer=3, groups=4, weight_groups=4)),
     "empty": ((0, 4), (4,), dict(groups=0)),
     "empty rows": ((4, 0), (0,), dict(groups=4)),
 }
@@ -85,11 +86,15 @@ def test_low_precision_is_as_good_as_pytorchs(dtype):
     assert_as_good_as_torch(dy, own, exact[1])
 
 
-def test_tangents_of_another_dtype():
-    (x, dx, *rest), options = inputs("group", dtype=torch.float32)
-    y, dy, *_ = ops.normalization_jvp(x, dx.bfloat16(), *rest, **options)
-    exact = reference.normalization_jvp(x, dx.bfloat16(), *rest, **options)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("incoming", [True, False], ids=["x", "weights alone"])
+def test_tangents_of_another_dtype(layout, incoming):
+    (x, dx, w, dw, b, db), options = inputs(layout, dtype=torch.float32)
+    low = [x, dx.bfloat16() if incoming else None, w, dw.bfloat16(), b, db.bfloat16()]
+    y, dy, *_ = ops.normalization_jvp(*low, **options)
+    exact = reference.normalization_jvp(*low, **options)
     assert y.dtype == torch.float32 and dy.dtype == torch.bfloat16
+    assert_close32(y, exact[0])
     assert_close32(dy.float(), exact[1], torch.finfo(torch.bfloat16).eps)
 
 

@@ -13,20 +13,15 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 def test_it_runs(tmp_path: Path) -> None:
-    command = [sys.executable, str(FOLDER / "tangent_dtype.py"), "--quick", "--models", "lenet5", "--k", "1,3"]
+    command = [sys.executable, str(FOLDER / "tangent_dtype.py"), "--models", "tiny-lenet5", "--k", "1,3"]
     done = subprocess.run([*command, "--output", str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "tangent_dtype.json").read_text())["records"]
     assert {(r["kind"], r["k"], r["dtype"]) for r in records} == {
-        (kind, k, dtype)
-        for kind in ("activity", "weight, LowRank(1)")
-        for k in (1, 3)
-        for dtype in ("float32", "bfloat16", "float16")
+        (kind, k, dtype) for kind in ("activity", "weight, low rank") for k in (1, 3) for dtype in ("bfloat16", "float16")
     }
     for r in records:
-        assert r["x backprop"] > 0
-        if r["dtype"] != "float32":
-            assert 0 < r["error"] < 0.05 and 0.99 < r["cosine"] <= 1 + 1e-9
+        assert 0 < r["error"] < 0.05 and 0.99 < r["cosine"] <= 1 + 1e-9
     assert (tmp_path / "tangent_dtype.md").read_text().count("lenet5") == len(records)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .._checks import check_count, check_step
+from .._files import replacing
 
 __all__ = ["Checkpoints"]
 
@@ -64,17 +65,8 @@ class Checkpoints:
         torch.save(state, buffer)
         content = buffer.getvalue()
         _read(content, path)
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
+        with replacing(path, on_disk=True) as file:
             file.write(_MAGIC + hashlib.sha256(content).digest() + content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name itself
-        finally:
-            os.close(folder)
         earlier = [s for s in self._steps() if s <= step]
         for other in set(self._steps()) - set(earlier[: self.keep]):
             self._path(other).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .._checks import check_count, check_step, is_real
 from ..activity import ActivityPerturbation
 from ..aggregate import Aggregate
-from ..estimate import Estimate, _check_finite
+from ..estimate import Estimate, check_finite
 from ..forward_gradient import ForwardGradient
 from ..sgd import Sgd
 from ..share import Share, from_limbs, limbs
@@ -373,7 +373,7 @@ class _Exchange(Share):
     def gather(self, derivatives: Tensor, loss: Tensor, k: int) -> Tensor:
         tail = derivatives.shape[1:]
         rows = tail.numel()
-        _check_finite("directional derivatives", derivatives)
+        check_finite("directional derivatives", derivatives)
         self._meet(rows)
         channel, count = self._tangent, self._slice(k, self._tangent.rank)[1]
         own = torch.zeros(1 + self._slice(k, 0)[1] * rows, dtype=torch.float64, device=derivatives.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .._files import replacing
 from . import UsageError
 
 __all__ = ["FORMAT", "Interruption", "load", "save"]
@@ -27,17 +27,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written; what was at ``path`` is still there.
     """
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with replacing(path, on_disk=True) as file:
         torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, outlives a power failure
-    finally:
-        os.close(folder)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from .._files import replace
 from . import UsageError, require
 from .descent import FUNCTIONS, Approach, Function, Outcome, descend
 from .options import add_common, check_common, positive, powers_of_two
 from .rates import RateTable
-from .results import Results, Row, replace
+from .results import Results, Row
 
 __all__ = ["APPROACHES", "add_arguments", "case", "best_rates", "minimise", "run"]
 

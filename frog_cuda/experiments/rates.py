@@ -14,9 +14,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from .._files import replace
 from . import UsageError
 from .descent import Approach
-from .results import replace
 
 __all__ = ["SHIPPED", "RateTable"]
 

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,10 @@ from typing import Any
 import torch
 
 from .. import __version__
+from .._files import replace
 from . import UsageError
 
-__all__ = ["Results", "replace"]
+__all__ = ["Results", "check_same", "plain", "versions", "write"]
 
 Row = dict[str, Any]
 
@@ -41,7 +41,7 @@ class Results:
 
     def __init__(self, folder: Path, name: str, *, command: str, settings: Mapping[str, Any], resume: bool = False) -> None:
         self.folder, self.name, self.command = folder, name, command
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as it will be read again: no tuples
+        self.settings = plain(settings)
         self.rows: list[Row] = []
         self.complete = False
         self._seconds, self._began = 0.0, time.perf_counter()
@@ -59,13 +59,10 @@ class Results:
         path = self.path("json")
         try:
             found = json.loads(path.read_text())
-            settings, self.rows, self._seconds = found["settings"], list(found["rows"]), float(found["seconds"])
+            settings, self.rows, self._seconds = dict(found["settings"]), list(found["rows"]), float(found["seconds"])
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"--resume: {path} is not a file of results: {error}") from error
-        if settings != self.settings:
-            other = sorted(k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k))
-            differences = ", ".join(f"{k} was {settings.get(k)!r} and is {self.settings.get(k)!r}" for k in other)
-            raise UsageError(f"--resume: {path} was made with other settings: {differences}")
+        check_same(str(path), settings, self.settings)
 
     def has(self, **key: Any) -> bool:
         """Whether there are rows with these values."""
@@ -79,30 +76,54 @@ class Results:
             "experiment": self.name,
             "command": self.command,
             "settings": self.settings,
-            "versions": {"frog_cuda": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": versions(),
             "threads": torch.get_num_threads(),
             "seconds": round(self._seconds + time.perf_counter() - self._began, 1),
             "complete": complete,
         }
-        head = json.dumps(content, indent=1)[:-2]
-        body = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in self.rows)  # one row a line, for diffs
-        replace(self.path("json"), f'{head},\n "rows": [\n{body}\n ]\n}}\n')
-        table = io.StringIO()
-        writer = csv.DictWriter(table, list(self.rows[0]) if self.rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        replace(self.path("csv"), table.getvalue())
+        write(self.path("json"), self.path("csv"), content, self.rows)
 
     def where(self, figures: Sequence[Path]) -> str:
         """A line that says where everything is."""
         return f"Results: {self.path('csv')}, {self.path('json')}. Figures: {', '.join(map(str, figures))}."
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+def write(json_file: Path, csv_file: Path, head: Mapping[str, Any], rows: Sequence[Row], table: str = "rows") -> None:
+    """``head`` and the rows as JSON, the rows alone as CSV; each file whole or not at all."""
+    start = json.dumps(head, indent=1)[:-2]
+    body = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in rows)  # one row a line, for diffs
+    replace(json_file, f'{start},\n "{table}": [\n{body}\n ]\n}}\n')
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace(csv_file, text.getvalue())
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on."""
+    return {"frog_cuda": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As they will be read again: no tuples."""
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return found
+
+
+def check_same(what: str, theirs: Mapping[str, Any], mine: Mapping[str, Any], *, but: Sequence[str] = ()) -> None:
+    """Raises where a run that is to go on began with other settings.
+
+    Arguments:
+        what: the thing whose settings are ``theirs``.
+        but: names that may differ.
+    Raises:
+        UsageError: names the settings that differ.
+    """
+    other = [name for name in {**mine, **theirs} if name not in but and theirs.get(name) != mine.get(name)]
+    if other:
+        differences = ", ".join(f"{name} was {theirs.get(name)!r} and is {mine.get(name)!r}" for name in other)
+        raise UsageError(f"--resume: {what} has other settings: {differences}")
 
 
 def _finite(value: Any) -> Any:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
-import csv
 import dataclasses
-import io
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -19,14 +16,14 @@ from typing import Any
 
 import torch
 
-from .. import __version__, build_info
+from .. import build_info
 from . import UsageError, checkpoint, datasets, require
 from .datasets import DATASETS, Images
 from .demo import choose_device
 from .models import MODELS
 from .options import positive
 from .rates import RateTable
-from .results import replace
+from .results import check_same, plain, versions, write
 from .trainer import Settings, Trainer
 
 __all__ = ["add_arguments", "add_settings", "learning_rate", "run", "settings_of", "train"]
@@ -280,8 +277,8 @@ def _write(folder: Path, trainer: Trainer, command: str) -> dict[str, Any]:
         "experiment": "train",
         "command": command,
         "case": trainer.settings.case,
-        "settings": json.loads(json.dumps(trainer.settings.plain())),
-        "versions": {"frog_cuda": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "settings": plain(trainer.settings.plain()),
+        "versions": versions(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "samples": {part: len(getattr(trainer.data, part).x) for part in ("train", "valid", "test")},
@@ -294,14 +291,7 @@ def _write(folder: Path, trainer: Trainer, command: str) -> dict[str, Any]:
         "test_accuracy": test_accuracy,
         "ms_per_step": statistics.median(steady) if steady else None,
     }
-    head = json.dumps(result, indent=1)[:-2]
-    body = ",\n".join("  " + json.dumps(epoch) for epoch in trainer.history)  # one epoch a line, for diffs
-    replace(folder / "result.json", f'{head},\n "epochs": [\n{body}\n ]\n}}\n')
-    table = io.StringIO()
-    rows = csv.DictWriter(table, list(trainer.history[0]) if trainer.history else [], lineterminator="\n")
-    rows.writeheader()
-    rows.writerows(trainer.history)
-    replace(folder / "log.csv", table.getvalue())
+    write(folder / "result.json", folder / "log.csv", result, trainer.history, "epochs")
     return {**result, "epochs": list(trainer.history)}
 
 
@@ -314,10 +304,7 @@ def _finished(path: Path, settings: Settings) -> dict[str, Any] | None:
         theirs, status, epochs = dict(result["settings"]), result["status"], len(result["epochs"]) - 1
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--resume: {path} is not the result of a run: {error!r}") from error
-    mine = json.loads(json.dumps(settings.plain()))
-    other = [f"{n} was {theirs.get(n)!r} and is {v!r}" for n, v in mine.items() if n != "epochs" and theirs.get(n) != v]
-    if other:
-        raise UsageError(f"--resume: {path} is of a run with other settings: {', '.join(other)}")
+    check_same(str(path), theirs, plain(settings.plain()), but=["epochs"])
     over = status in FINISHED and (status != "all epochs" or settings.epochs <= epochs)
     return result if over else None
 

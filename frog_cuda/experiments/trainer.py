@@ -22,6 +22,7 @@ from .datasets import Images, Part
 from .digits import batches
 from .gradients import Gradient, backprop
 from .models import MODELS, build
+from .results import check_same
 
 __all__ = ["DIVERGED", "Epoch", "Settings", "Trainer", "evaluate", "simulated"]
 
@@ -281,9 +282,7 @@ class Trainer:
         mine = self.settings.plain()
         try:
             theirs = state["settings"]
-            other = [f"{n} was {theirs.get(n)!r} and is {v!r}" for n, v in mine.items() if n != "epochs" and theirs.get(n) != v]
-            if other:
-                raise UsageError(f"--resume: the checkpoint is of a run with other settings: {', '.join(other)}")
+            check_same("the checkpoint", theirs, mine, but=["epochs"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.forward_gradient is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import __version__, build_info
-from .experiments import MissingPackages, UsageError, angles, approximation, demo, functions, lr_search, missing, train
+from .experiments import MissingPackages, UsageError, angles, approximation, demo, functions, lr_search, missing, report, train
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ COMMANDS = {
         "train networks on images with and without backprop (sections 4.4 and 4.5 of the paper)", train.add_arguments, train.run
     ),
     "lr-search": Command("find learning rates, and write the table that train reads", lr_search.add_arguments, lr_search.run),
+    "report": Command(
+        "write a page with figures of all results, beside what the paper says of them", report.add_arguments, report.run
+    ),
     "info": Command("versions, compiler and kernels of this installation", lambda parser: None, _info),
 }
 

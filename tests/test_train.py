@@ -20,6 +20,7 @@ from frog_cuda.__main__ import main
 from frog_cuda.experiments import UsageError, checkpoint, datasets
 from frog_cuda.experiments import train as command
 from frog_cuda.experiments.datasets import Images, Part
+from frog_cuda.experiments.rates import RateTable
 from frog_cuda.experiments.trainer import DIVERGED, Settings, Trainer, evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -362,6 +363,15 @@ def test_rates_come_from_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(options)
     assert "digits fc width=16 orthogonal k=16" in capsys.readouterr().err
+
+
+def test_rates_for_the_digits_come_with_the_package(tmp_path: Path) -> None:
+    shipped = RateTable.read().rates["train"]
+    options = ["train", "--width", "256", "--epochs", "1", "--output", str(tmp_path)]
+    assert main([*options, "--gradient", "bp,forward", "--k", "1", "--aggregate", "mean"]) == 0
+    assert main([*options, "--k", "2,4,16", "--aggregate", "mean,orthogonal"]) == 0
+    used = {r["case"]: r["settings"]["lr"] for r in (json.loads(p.read_text()) for p in tmp_path.rglob("result.json"))}
+    assert len(used) == 8 and used == {case: shipped[case] for case in used}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from .options import add_common, check_common, positive, powers_of_two
 from .rates import RateTable
 from .results import Results, Row
 
-__all__ = ["APPROACHES", "add_arguments", "case", "best_rates", "minimise", "run"]
+__all__ = ["APPROACHES", "add_arguments", "best_by_case", "best_rates", "by_seed", "case", "minimise", "run"]
 
 PACKAGES = ("matplotlib.figure", "tqdm")
 APPROACHES = (
@@ -269,6 +269,18 @@ def summary(rows: Sequence[Row]) -> str:
             line += f"{sum(bests) / len(bests):12.3e}" if bests else f"{'-':>12}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def best_by_case(rows: Sequence[Row]) -> dict[tuple[str, int, str], float]:
+    """Best value, mean over the seeds, by function, n and approach. Left out are cases in which a run diverged."""
+    found: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["function"], row["n"], row["approach"]), []).append(row)
+    return {
+        case: sum(row["best"] for row in mine) / len(mine)
+        for case, mine in found.items()
+        if all(row["best"] is not None and row["ended"] != "diverged" for row in mine)
+    }
 
 
 def by_seed(rows: Sequence[Row]) -> str:

@@ -11,9 +11,10 @@ from . import require
 
 if TYPE_CHECKING:
     from .demo import Run
+    from .findings import Model
     from .results import Row
 
-__all__ = ["angles_figure", "approximation_figures", "functions_figure", "loss_curves"]
+__all__ = ["angles_figure", "approximation_figures", "curves_figure", "errors_figure", "functions_figure", "loss_curves"]
 
 # From dark to light, and each with a dash and a marker of its own, so that the lines can be told apart in grey
 STYLES: list[dict[str, Any]] = [
@@ -207,6 +208,70 @@ def angles_figure(quality: Sequence[Row], descent: Sequence[Row], minimum: float
     path = folder / "angles.png"
     figure.savefig(path, format="png")
     return path
+
+
+def errors_figure(models: Sequence[Model], path: Path) -> None:
+    """Test error of each network by number of tangents: mean over the seeds, and each run. Dashed: backprop. A run that
+    diverged is drawn hollow, with its weights of before.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    looks = {
+        "mean": {"color": "#d95f02", "linestyle": "--", "marker": "s"},
+        "orthogonal": {"color": "#08519c", "linestyle": "-", "marker": "o"},
+    }
+    figure, panels = _panels(len(models))
+    handles: dict[str, Any] = {}
+    for panel, model in zip(panels, models, strict=True):
+        for shift, (aggregate, look) in zip((0.97, 1.03), looks.items()):
+            means = [(k, error) for k in model.ks if (error := model.error(aggregate, k)) is not None]
+            (handles[aggregate],) = panel.plot(*zip(*means), **look, markersize=6, linewidth=1.5) if means else (None,)
+            for k in model.ks:
+                cell = model.cells.get(f"{aggregate} k={k}")
+                for error, diverged in [] if cell is None else cell.points:
+                    point = {"color": look["color"], "marker": look["marker"], "markersize": 3, "alpha": 0.7}
+                    panel.plot(k * shift, error, **point, markerfacecolor="none" if diverged else look["color"])
+        if model.backprop is not None:
+            handles["backprop"] = panel.axhline(model.backprop, **DASHED)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(model.ks, [str(k) for k in model.ks])
+        _percents(panel)
+        plain(panel, model.name, "tangents k", "test error in percent" if panel in panels[::3] else "")
+    found = {name: handle for name, handle in handles.items() if handle is not None}
+    figure.legend(found.values(), found, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, format="png")
+
+
+def curves_figure(models: Sequence[Model], path: Path) -> None:
+    """Lowest validation loss so far by epoch, mean over the seeds; a run that has ended keeps its own.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    approaches = list(dict.fromkeys(name for model in models for name in model.cells))
+    looks = approach_looks(["true" if name == "bp" else "k=1" if name == "mean k=1" else name for name in approaches])
+    figure, panels = _panels(len(models))
+    handles: dict[str, Any] = {}
+    for panel, model in zip(panels, models, strict=True):
+        for name, cell in model.cells.items():
+            curve = cell.curve
+            title = {"bp": "backprop", "mean k=1": "k=1"}.get(name, name)
+            look = looks["true" if name == "bp" else "k=1" if name == "mean k=1" else name]
+            (handles[title],) = panel.plot(range(len(curve)), curve, **look, markevery=max(1, len(curve) // 6), label=title)
+        panel.set_yscale("log")
+        plain(panel, model.name, "epoch", "lowest validation loss so far" if panel in panels[::3] else "")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(path, format="png")
+
+
+def _percents(panel: Any) -> None:
+    """Plain numbers on a logarithmic axis: 2, 5, 10, 20, 50."""
+    (ticker,) = require("matplotlib.ticker")
+    panel.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
+    panel.yaxis.set_minor_locator(ticker.NullLocator())
+    panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def approach_looks(approaches: Sequence[str]) -> dict[str, dict[str, Any]]:

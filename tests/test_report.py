@@ -154,6 +154,25 @@ def test_cells() -> None:
     assert Check(0, 2, "").verdict == "does not hold"
 
 
+def test_own_tangents(small: Path, tmp_path: Path) -> None:
+    """Their runs are no part of those with shared tangents; backprop stands beside both."""
+    results = shutil.copytree(small, tmp_path / "results")
+
+    def names() -> dict[str, list[str]]:
+        return {m.name: list(m.cells) for m in read(results).models}
+
+    assert names() == {"fc width=8": ["bp", "mean k=1", "mean k=2", "orthogonal k=2"]}
+    for path in (results / "train").glob("*-mean-k2-*/result.json"):
+        run = json.loads(path.read_text())
+        path.write_text(json.dumps({**run, "case": f"{run['case']} own-tangents"}))
+    own = {"fc width=8 own-tangents": ["bp", "mean k=2"]}
+    assert names() == {"fc width=8": ["bp", "mean k=1", "orthogonal k=2"], **own}
+    for path in (results / "train").glob("*-k*/result.json"):
+        if not json.loads(path.read_text())["case"].endswith("own-tangents"):
+            path.unlink()
+    assert names() == own
+
+
 # ---- the page
 
 

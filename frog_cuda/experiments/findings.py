@@ -19,6 +19,9 @@ __all__ = ["EXPECTED", "Cell", "Findings", "Model", "Table", "key", "read", "ver
 #: networks of the training experiments, by the beginning of their names
 EXPECTED = ("fc width=256", "fc width=1024", "fc width=4096", "lenet5", "resnet18", "vit", "mixer")
 
+#: in the name of networks whose tangents are not shared by the batch
+OWN = "own-tangents"
+
 #: what is read of the result of a training run
 RUN = ("case", "command", "settings", "versions", "status", "best", "test_loss", "test_accuracy", "epochs", "parameters")
 
@@ -179,15 +182,24 @@ def _table(path: Path) -> Table | None:
 
 
 def _models(runs: Iterable[dict[str, Any]]) -> tuple[Model, ...]:
-    """Groups runs by data set, network and approach. Of runs with other options than those of the paper's experiments, such as
-    weight perturbation, none belongs here."""
+    """Groups runs by data set, network and approach. Networks with tangents drawn for each sample (``--own-tangents``) count
+    as networks of their own. Runs with other options than those of the paper's experiments, such as weight perturbation, do
+    not belong here."""
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for run in runs:
         settings = run["settings"]
         label = " ".join([settings["model"], *(f"{n}={s}" for n, s in sorted(settings["sizes"].items()))])
         approach = "bp" if settings["gradient"] == "bp" else f"{settings['aggregate']} k={settings['k']}"
-        if run["case"] == f"{settings['dataset']} {label} {approach}":
-            groups.setdefault((settings["dataset"], label), {}).setdefault(approach, []).append(run)
+        plain = f"{settings['dataset']} {label} {approach}"
+        if run["case"] in (plain, f"{plain} {OWN}"):
+            name = label if run["case"] == plain else f"{label} {OWN}"
+            groups.setdefault((settings["dataset"], name), {}).setdefault(approach, []).append(run)
+    for (dataset, name), cells in list(groups.items()):
+        shared = (dataset, name.removesuffix(f" {OWN}"))
+        if shared != (dataset, name) and "bp" in groups.get(shared, {}):  # to backprop it makes no difference
+            cells["bp"] = groups[shared]["bp"]
+            if list(groups[shared]) == ["bp"]:
+                del groups[shared]
     models = [
         Model(
             dataset,

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .._files import replace
 from . import UsageError, require
 from .descent import FUNCTIONS
 from .findings import EXPECTED, Cell, Findings, Model, Table, key, read, versions
 from .functions import by_seed
 from .plots import angles_figure, approximation_figures, curves_figure, errors_figure, functions_figure
-from .results import replace
 from .statements import QUESTIONS, STATEMENTS, Statement
 
 __all__ = ["add_arguments", "figures", "page", "run"]

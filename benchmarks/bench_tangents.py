@@ -77,6 +77,32 @@ def test_combine(distribution: str, compare: Compare) -> None:
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_combine_samples(distribution: str, compare: Compare) -> None:
+    """64 samples of 1024 activities, each with coefficients of its own."""
+    batch, m = 64, 1024
+    c = torch.randn(K, batch, generator=torch.Generator().manual_seed(0))
+
+    def against() -> Tensor:
+        v = frog.ops.sample_tangents(STATE, K, batch * m, distribution=distribution)
+        return torch.einsum("kb,kbm->bm", c, v.view(K, batch, m))
+
+    def ours() -> Tensor:
+        return frog.ops.tangent_combine_samples(STATE, c, m, distribution=distribution)
+
+    compare(
+        ours,
+        against,
+        table="op",
+        op=f"combine samples {distribution}",
+        against_name="draw by this package, then einsum",
+        case=f"16 x {batch} x {m}",
+        elements=K * batch * m,
+    )
+    expected = against()
+    torch.testing.assert_close(ours(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_update_with_momentum(distribution: str, compare: Compare) -> None:
     """Parameter and momentum of a million elements: beside combining into a gradient and torch.optim.SGD."""
     n, c = 1 << 20, torch.linspace(-1, 1, K) / K

@@ -19,6 +19,9 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
       "tangent_combine(Tensor state, Tensor coefficients, int numel, int offset, int first, int distribution, "
       "ScalarType dtype) -> Tensor");
   m.def(
+      "tangent_combine_samples(Tensor state, Tensor coefficients, int numel, int offset, int first, int distribution, "
+      "ScalarType dtype) -> Tensor");
+  m.def(
       "tangent_axpy_(Tensor(a!) self, Tensor state, Tensor coefficients, float alpha, int offset, int first, int "
       "distribution) -> ()");
   m.def(

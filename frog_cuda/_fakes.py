@@ -54,6 +54,13 @@ def tangent_combine(
 
 
 @_fake
+def tangent_combine_samples(
+    state: Tensor, coefficients: Tensor, numel: int, offset: int, first: int, distribution: int, dtype: torch.dtype
+) -> Tensor:
+    return state.new_empty((coefficients.shape[1], numel), dtype=dtype)
+
+
+@_fake
 def tangent_axpy_(
     self: Tensor, state: Tensor, coefficients: Tensor, alpha: float, offset: int, first: int, distribution: int
 ) -> None:

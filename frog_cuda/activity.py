@@ -8,6 +8,7 @@ Flügel et al., arXiv 2410.17764, section 4.4.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +37,8 @@ Perturb = Callable[["Segment", Tensor], Tensor]
 
 #: elements of an input's tangents
 _WORTH_A_COPY = 1 << 20
+#: elements of tangents whose Gram matrices are computed at a time
+_GRAM_BLOCK = 1 << 17
 
 
 class _EverythingSeen(BaseException):
@@ -51,12 +54,15 @@ class Segment:
     batch: int
     input: Tensor | None  # (B, *, in) for layers whose gradient is taken directly
     version: int
-    tangents: list[Tensor]  # base tangents of each chunk, (count, *piece.shape)
+    tangents: list[Tensor]  # base tangents of each chunk, (count, *piece.shape); none where they are replayed
+    dtype: torch.dtype = torch.float32  # of the tangents
+    grams: Tensor | None = None  # (B, k, k) of replayed tangents, where they were wanted as they were drawn
 
 
 class ActivityPerturbation:
     """Tangents over the outputs of ``groups``; memory beyond that of the forward pass: k times the perturbed outputs of one
-    sample (of the batch, where tangents are not shared), and the inputs of the layers."""
+    sample, and the inputs of the layers. Tangents that are not shared are drawn again when they are needed, not kept; only
+    supplied ones and those in low precision are kept, k times the perturbed outputs of the batch."""
 
     def __init__(self, model: nn.Module, groups: list[Group], shared: bool, per_sample: bool) -> None:
         self.model, self.groups, self.shared, self.per_sample = model, groups, shared, per_sample
@@ -68,6 +74,7 @@ class ActivityPerturbation:
         self._pieces: list[Piece] = []
         self._warned = False
         self._draws_numbers = False  # seen where a layer last ran a second time
+        self._losses_per_sample = per_sample  # in the step before
 
     @property
     def device(self) -> torch.device:
@@ -109,34 +116,43 @@ class ActivityPerturbation:
         size = mine if chunk_size is None else min(chunk_size, mine)
         starts = range(begin, end, size)
         columns: list[Tensor] = []
-        kept: list[list[Tensor]] = []
+        kept: list[list[list[Tensor]]] = []
+        wants_gram = tangents.distribution.mixed or (isinstance(aggregate, Aggregate) and aggregate.needs_gram)
+        wants_gram = wants_gram and size == k and self._losses_per_sample and not self.shared
         loss = value = torch.empty(0)
         self._numbers = RandomNumbers(self.parameters.values())
         for first in starts:
             if first > begin:
                 self._numbers.rewind()
             chunk = range(first, min(first + size, end))
-            value, moved = self._pass(step, chunk, first == starts[-1])
+            value, moved = self._pass(step, chunk, first == starts[-1], wants_gram)
             loss = value.mean()
-            kept.append([s.tangents[0] for s in self.segments])
+            kept.append([s.tangents for s in self.segments])
             columns.append(moved)
-        for segment, parts in zip(self.segments, zip(*kept, strict=True), strict=True):
+        for segment, *parts in zip(self.segments, *kept, strict=True):
+            if not segment.tangents:
+                continue
             others = [(0, begin), (end, k - end)]  # propagated by others, and needed here for the estimate
-            before, after = (
-                [tangents.draw(segment.piece, parts[0].dtype, first, count)] if count else [] for first, count in others
-            )
-            segment.tangents = [*before, *parts, *after]
-        del kept, parts, before, after  # so that what is joined later is freed piece by piece
+            before, after = ([tangents.draw(segment.piece, segment.dtype, at, n)] if n else [] for at, n in others)
+            segment.tangents = [*before, *(v for part in parts for v in part), *after]
+        kept.clear()  # so that what is joined later is freed piece by piece
+        parts = before = after = []
         self._warn_of_layers_not_called()
         moved = share.gather(columns[0] if len(columns) == 1 else torch.cat(columns), loss, k)
         return self.finish(tangents, aggregate, loss, value.dim() == 1, moved, correct_length, share)
 
-    def _pass(self, step: Step, chunk: range, moves_buffers: bool) -> tuple[Tensor, Tensor]:
+    def _pass(self, step: Step, chunk: range, moves_buffers: bool, wants_gram: bool = False) -> tuple[Tensor, Tensor]:
         """Loss and derivatives of one forward pass, as :func:`read_loss` gives them. Fills ``segments``."""
+        tangents = step.tangents
 
         def perturb(segment: Segment, y: Tensor) -> Tensor:
-            v = step.tangents.draw(segment.piece, step.tangent_dtype or primal_of(y).dtype, chunk.start, len(chunk))
-            segment.tangents.append(v)
+            segment.dtype = step.tangent_dtype or primal_of(y).dtype
+            v = tangents.draw(segment.piece, segment.dtype, chunk.start, len(chunk))
+            # Shared tangents are few. Low precision rounds, and the estimate is to be made of what was propagated.
+            if self.shared or tangents.stored is not None or segment.dtype not in (torch.float32, torch.float64):
+                segment.tangents.append(v)
+            elif wants_gram:
+                segment.grams = torch.cat([_grams(v[:, rows]) for rows in _blocks(segment, len(v))])
             return perturbed(y, v)
 
         with torch.no_grad(), self._hooked(perturb):
@@ -152,7 +168,7 @@ class ActivityPerturbation:
         """A pass that leaves no trace but ``segments``. Returns the bytes of tangents, for each, that a step keeps after its
         pass."""
         self._pass(step, chunk, False)
-        return sum(s.tangents[0].nbytes for s in self.segments) // len(chunk)
+        return sum(v.nbytes for s in self.segments for v in s.tangents) // len(chunk)
 
     def _warn_of_layers_not_called(self) -> None:
         """Once: a module may use the weights of an inner one without calling it, as torch.nn.MultiheadAttention does."""
@@ -179,7 +195,7 @@ class ActivityPerturbation:
         share: Share = ALONE,
     ) -> Estimate:
         """From base derivatives, (k,) or (k, B), to the estimate."""
-        per_sample = self.per_sample and losses_per_sample
+        per_sample = self._losses_per_sample = self.per_sample and losses_per_sample
         if losses_per_sample and not per_sample:
             base_derivatives = base_derivatives.double().mean(1).to(base_derivatives.dtype)
         self._scale = 1.0
@@ -202,19 +218,19 @@ class ActivityPerturbation:
                 return ops.gram(torch.cat([flat(_joined(s)) for s in self.segments], 1))
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for s in self.segments:
-                v = _joined(s)
                 if per_sample:
-                    rows = flat(v, 2).transpose(0, 1).double()  # (B, k, m)
-                    total = total + rows @ rows.mT
+                    total = total + (_sample_grams(tangents, s) if s.grams is None else s.grams)
+                elif not s.tangents:
+                    total = total + tangents.gram(s.piece)
                 else:
                     # Shared tangents under one derivative for the batch: the same vector once for each row
-                    total = total + ops.gram(flat(v)) * (s.batch * share.shards if self.shared else 1)
+                    total = total + ops.gram(flat(_joined(s))) * (s.batch * share.shards if self.shared else 1)
             return total.expand(batch, *total.shape[1:]) if total.dim() == 3 else total
 
         def stored() -> Tensor:
             rows = []
             for s in self.segments:
-                v = flat(_joined(s))
+                v = flat(_joined(s) if s.tangents else tangents.draw(s.piece, s.dtype))
                 rows.append(v.repeat(1, s.batch) if self.shared and not per_sample else v)
             return torch.cat(rows, 1)
 
@@ -239,9 +255,9 @@ class ActivityPerturbation:
         for segment in self.segments:
             width = segment.piece.numel * (segment.batch if self.shared and estimate.directional_derivatives.dim() == 1 else 1)
             if segment.input is None:
-                replayed.append((segment, self._activity_gradient(segment, estimate, start, width)))
+                replayed.append((segment, self._activity_gradient(tangents, segment, estimate, start, width)))
             else:
-                for p, g in self._direct(segment, segment.input, estimate, start, width):
+                for p, g in self._direct(tangents, segment, segment.input, estimate, start, width):
                     name = self._names[id(p)]
                     found[name] = found[name] + g if name in found else g
             start += width
@@ -251,7 +267,7 @@ class ActivityPerturbation:
         yield from found.items()
 
     def _direct(
-        self, segment: Segment, x: Tensor, estimate: Estimate, start: int, width: int
+        self, tangents: TangentSet, segment: Segment, x: Tensor, estimate: Estimate, start: int, width: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         rule, layer = segment.group.rule, segment.group.output
         assert rule is not None
@@ -260,10 +276,9 @@ class ActivityPerturbation:
                 f"layers: the input of {segment.piece.name} was modified in place after the layer read it; its gradient "
                 "cannot be computed"
             )
-        v = _joined(segment)
-        if self.shared and estimate.custom is None and v.shape[0] < segment.batch:
-            return local_gradient(layer, rule, x, v, *self._weights(segment, estimate, x.dtype))
-        return local_gradient(layer, rule, x, self._activity_gradient(segment, estimate, start, width))
+        if self.shared and estimate.custom is None and tangents.k < segment.batch:
+            return local_gradient(layer, rule, x, _joined(segment), *self._weights(segment, estimate, x.dtype))
+        return local_gradient(layer, rule, x, self._activity_gradient(tangents, segment, estimate, start, width))
 
     def _weights(self, segment: Segment, estimate: Estimate, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(k, B): how much of each tangent the mean loss's gradient holds in each row; (k,): in all rows together."""
@@ -281,7 +296,7 @@ class ActivityPerturbation:
             self._cache[key] = c, c.sum(1)
         return self._cache[key]
 
-    def _activity_gradient(self, segment: Segment, estimate: Estimate, start: int, width: int) -> Tensor:
+    def _activity_gradient(self, tangents: TangentSet, segment: Segment, estimate: Estimate, start: int, width: int) -> Tensor:
         """Estimated gradient of the mean loss with respect to a layer's output: (B, *m)."""
         shape = segment.piece.shape if not self.shared else (segment.batch, *segment.piece.shape)
         if estimate.custom is not None:
@@ -289,6 +304,13 @@ class ActivityPerturbation:
             if part.dim() == 2 and segment.batch == 1:
                 part = part.sum(0)
             return (part * self._scale).reshape(shape)
+        if not segment.tangents:
+            c = estimate.base_coefficients
+            assert c is not None
+            if c.dim() == 1:
+                return tangents.combine(segment.piece, c, segment.dtype)
+            weights, _ = self._weights(segment, estimate, torch.float64)
+            return tangents.combine_samples(segment.piece, weights, segment.dtype)
         v = _joined(segment)
         weights, _ = self._weights(segment, estimate, v.dtype)
         if self.shared:
@@ -382,3 +404,28 @@ def _joined(segment: Segment) -> Tensor:
     if len(segment.tangents) > 1:
         segment.tangents = [torch.cat(segment.tangents)]
     return segment.tangents[0]
+
+
+def _blocks(segment: Segment, k: int) -> Iterator[slice]:
+    """Samples whose k tangents fill a cache."""
+    size = max(1, _GRAM_BLOCK // max(1, k * math.prod(segment.piece.shape[1:])))
+    return (slice(b, min(b + size, segment.batch)) for b in range(0, max(1, segment.batch), size))
+
+
+def _grams(v: Tensor) -> Tensor:
+    """Gram matrices, float64 (B, k, k), of the samples of v (k, B, *m)."""
+    rows = flat(v, 2).transpose(0, 1).double()
+    return rows @ rows.mT
+
+
+def _sample_grams(tangents: TangentSet, segment: Segment) -> Tensor:
+    """Those of a whole segment; block by block as they are made of tangents that were just drawn, for the same bits."""
+    shape = segment.piece.shape[1:]
+
+    def of(rows: slice) -> Tensor:
+        if segment.tangents:
+            return _joined(segment)[:, rows]
+        part = Piece(segment.piece.name, (rows.stop - rows.start, *shape), segment.piece.offset + rows.start * math.prod(shape))
+        return tangents.draw(part, segment.dtype)
+
+    return torch.cat([_grams(of(rows)) for rows in _blocks(segment, tangents.k)])

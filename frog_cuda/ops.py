@@ -144,6 +144,30 @@ def tangent_combine(
         return _ops.tangent_combine(state, coefficients, numel, offset, first, code, dtype)
 
 
+def tangent_combine_samples(
+    state: Tensor,
+    coefficients: Tensor,
+    numel: int,
+    *,
+    offset: int = 0,
+    first: int = 0,
+    distribution: str = "normal",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Linear combinations of replayed tangents, each sample's with coefficients of its own; the tangents are never stored.
+
+    Arguments:
+        coefficients: ``(k, B)``, any float dtype.
+        numel: elements of a sample; sample b has elements ``offset + b numel .. offset + (b + 1) numel`` of the tangents.
+    Returns:
+        ``(B, numel)``: row b is the sum over i of ``coefficients[i, b]`` times tangent ``first + i`` on that sample.
+    """
+    _guard("tangent_combine_samples", state, coefficients)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        return _ops.tangent_combine_samples(state, coefficients, numel, offset, first, code, dtype)
+
+
 def tangent_axpy_(
     self: Tensor,
     state: Tensor,

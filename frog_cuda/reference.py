@@ -140,6 +140,22 @@ def tangent_combine(
     return coefficients.double() @ v
 
 
+def tangent_combine_samples(
+    state: Tensor,
+    coefficients: Tensor,
+    numel: int,
+    *,
+    offset: int = 0,
+    first: int = 0,
+    distribution: str = "normal",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``sum_i c_ib v_ib`` for every sample b: ``(B, numel)``."""
+    k, batch = coefficients.shape
+    v = sample_tangents(state, k, batch * numel, offset=offset, first=first, distribution=distribution)
+    return torch.einsum("kb,kbm->bm", coefficients.double(), v.view(k, batch, numel))
+
+
 def tangent_axpy_(
     self: Tensor,
     state: Tensor,

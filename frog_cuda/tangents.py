@@ -222,6 +222,13 @@ class TangentSet:
             guide.add_to(combined, piece, c)
         return combined.view(piece.shape).to(dtype)
 
+    def combine_samples(self, piece: Piece, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+        """``sum_i c_ib z_ib`` for every sample b of a piece of shape (B, *m): (B, *m); coefficients (k, B) float64. Only of
+        tangents that are drawn element by element."""
+        base, m = self.distribution.base, math.prod(piece.shape[1:])
+        how: dict[str, Any] = {"offset": piece.offset, "distribution": base, "dtype": dtype}
+        return ops.tangent_combine_samples(self.state, coefficients, m, **how).view(piece.shape)
+
     def axpy_(self, target: Tensor, piece: Piece, coefficients: Tensor, alpha: float) -> None:
         """``target += alpha * Z c`` in place."""
         if self.stored is not None or self.guides:

@@ -132,6 +132,10 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
     "tangent_combine": lambda dtype: [
         dict(state=_state(), coefficients=_rand(3, dtype=dtype), numel=70, offset=5, first=1, distribution=0, dtype=dtype)
     ],
+    "tangent_combine_samples": lambda dtype: [
+        dict(state=_state(), coefficients=c, numel=20, offset=5, first=1, distribution=0, dtype=dtype)
+        for c in (_rand(3, 4, dtype=dtype), _rand(4, 3, dtype=dtype).T)
+    ],
     "tangent_axpy_": lambda dtype: [
         dict(self=target, state=_state(), coefficients=_rand(3), alpha=0.5, offset=5, first=1, distribution=0)
         for target in (_rand(7, 10, dtype=dtype), _rand(10, 7, dtype=dtype).T)

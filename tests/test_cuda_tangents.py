@@ -174,6 +174,49 @@ def test_a_whole_basis_on_one_coordinate_is_added_in_order(kernels):
     assert torch.equal(combined, ops.tangent_combine(state, c, 9, distribution="standard_basis"))
 
 
+# ---- combinations for every sample
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch, numel", [(1, 1), (7, 1), (5, 3), (9, 33), (3, 700), (2, 1024), (4, 512)])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_combine_samples(kernels, distribution, batch, numel, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for k, offset, skew in ((1, 0, 0), (5, 1021, 1)):
+        state = state_for(distribution, k + 2, batch * numel, offset)
+        c = torch.randn(k, batch, generator=torch.Generator().manual_seed(0), dtype=wide)
+        code, out = ops.DISTRIBUTIONS[distribution], Out((batch, numel), dtype, skew * dtype.itemsize)
+        numbers = (k, batch, numel, offset, 2, code, DTYPES.index(dtype))
+        (actual,) = kernels.run("tangent_combine_samples", state, c, out, *numbers, seed=k)
+        how = dict(offset=offset, first=2, distribution=distribution)
+        exact = ops.tangent_combine_samples(state, c, numel, dtype=torch.float64, **how)
+        if dtype == torch.float64:
+            assert_close64(actual, exact)
+        elif dtype == torch.float32:
+            assert_close32(actual, exact)
+        else:
+            assert_as_good_as_torch(actual, exact.to(dtype), exact)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_combine_samples_strides_over_windows(kernels, distribution):
+    batch, numel = 160 if distribution == "rademacher" else 40, 1001
+    state, c = state_for(distribution, 3, batch * numel, 3), torch.randn(3, batch, generator=torch.Generator().manual_seed(0))
+    code = ops.DISTRIBUTIONS[distribution]
+    (actual,) = kernels.run("tangent_combine_samples", state, c, Out((batch, numel)), 3, batch, numel, 3, 0, code, 0)
+    assert_close32(actual, ops.tangent_combine_samples(
+        state, c, numel, offset=3, distribution=distribution, dtype=torch.float64
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("distribution", ["normal", "rademacher"])
+def test_samples_of_a_step_out_of_range_are_nan(kernels, distribution):
+    for code, state in ((ops.DISTRIBUTIONS[distribution], [1, 2**32]), (2, [3, -1])):
+        c = torch.ones(2, 4)
+        (actual,) = kernels.run("tangent_combine_samples", torch.tensor(state), c, Out((4, 99)), 2, 4, 99, 0, 0, code, 0)
+        assert actual.isnan().all()
+
+
 # ---- steps of SGD
 
 SGD = [

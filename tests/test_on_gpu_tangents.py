@@ -69,6 +69,16 @@ def test_combine_and_axpy_equal_the_cpu(distribution, k, numel, offset):
         assert torch.equal(actual, expected) and torch.equal(moved, expected_moved)
 
 
+@pytest.mark.parametrize("batch, numel", [(1, 1), (33, 7), (64, 1000), (3, 100_003)])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_combine_samples_equals_the_cpu(distribution, batch, numel):
+    state = state_for(distribution, 5, batch * numel, 1021)
+    c = torch.randn(5, batch, generator=torch.Generator().manual_seed(0))
+    options = dict(offset=1021, distribution=distribution)
+    actual = ops.tangent_combine_samples(state.to(DEVICE), c.to(DEVICE), numel, **options).cpu()
+    assert_close32(actual, ops.tangent_combine_samples(state, c, numel, dtype=torch.float64, **options))
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("numel, offset", RANGES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

@@ -49,6 +49,18 @@ inline void check_coefficients(const char* op, const Tensor& coefficients) {
                   shape_string(coefficients), ", expected (k,) with k >= 1");
 }
 
+/// Coefficients [k, B] of B samples of numel elements each.
+inline void check_samples(const char* op, const Tensor& coefficients, int64_t numel, int64_t offset) {
+  check_floating(op, "coefficients", coefficients);
+  STD_TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(0) >= 1, op, ": coefficients has shape ",
+                  shape_string(coefficients), ", expected (k, B) with k >= 1");
+  check_range(op, numel, offset);
+  const int64_t batch = coefficients.size(1);
+  STD_TORCH_CHECK(batch == 0 || numel <= INT64_MAX / batch, op, ": numel is ", numel, " in each of ", batch,
+                  " samples; all together must stay below 2^63");
+  check_range(op, numel * batch, offset);
+}
+
 /// A step of SGD, as torch.optim.SGD does it. fresh: the buffer holds nothing yet.
 struct Sgd {
   double lr, momentum, dampening, weight_decay;

@@ -1,6 +1,6 @@
 // Drawing tangents, their Gram matrix and their linear combinations; nothing of size k x n is stored unless it is the
 // result.
-#include "draw.h"
+#include "blocks.h"
 
 namespace frog {
 namespace {
@@ -162,6 +162,71 @@ Tensor tangent_combine(const Tensor& state, const Tensor& coefficients, int64_t 
   return out;
 }
 
+// out [n] = the sum over i of c[i] v[i], v [k, n] with row stride ld
+template <class C>
+void combine_drawn(const C* v, int64_t ld, int64_t k, const C* c, int64_t n, C* out) {
+  std::fill(out, out + n, C(0));
+  for (int64_t i = 0; i < k; ++i) {
+    const C factor = c[i];
+    for (int64_t j = 0; j < n; ++j) out[j] += factor * v[i * ld + j];
+  }
+}
+
+// Samples of many elements are summed in registers, as tangent_combine does; of samples that are short beside the
+// groups that are drawn at a time, tangents of several at once lie in second-level cache for the moment.
+Tensor tangent_combine_samples(const Tensor& state, const Tensor& coefficients, int64_t numel, int64_t offset,
+                               int64_t first, int64_t distribution, ScalarType dtype) {
+  constexpr int64_t kDrawnBytes = 256 * 1024;
+  const char* op = "tangent_combine_samples";
+  check_drawn_dtype(op, dtype);
+  check_cpu(op, "coefficients", coefficients);
+  check_samples(op, coefficients, numel, offset);
+  const int64_t k = coefficients.size(0), batch = coefficients.size(1);
+  const DrawSpec spec = draw_spec(op, state, k, first, distribution);
+  const bool in_registers = numel >= 4 * (distribution == kRademacher ? kRademacherGroup : kNormalGroup);
+  Tensor out = new_tensor(state, {batch, numel}, dtype);  // [B, numel]
+  dispatch_floating(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using C = typename ComputeOf<T>::type;
+    // [B, k], so that those of a sample lie together
+    const Tensor turned = torch::stable::contiguous(
+        torch::stable::transpose(to_dtype(to_dtype(coefficients, ScalarType::Double), scalar_type_of<C>()), 0, 1));
+    const C* c = static_cast<const C*>(turned.const_data_ptr());
+    T* data = static_cast<T*>(out.mutable_data_ptr());
+    const int64_t fitting = kDrawnBytes / (k * static_cast<int64_t>(sizeof(C))) / kRademacherGroup * kRademacherGroup;
+    const int64_t block = in_registers ? kDrawChunk : std::clamp(fitting, kRademacherGroup, kDrawChunk);
+    for_each_chunk(offset, batch * numel, k, [&](int64_t start, int64_t count) {
+      std::vector<C> drawn(in_registers ? 0 : k * block), sums(std::is_same_v<T, C> ? 0 : block);
+      for (int64_t at = start; at < start + count;) {
+        const int64_t n = std::min((at / block + 1) * block, start + count) - at;
+        if (!in_registers) draw(spec, k, at, n, drawn.data(), block);
+        for (int64_t from = at; from < at + n;) {  // the part of one sample
+          const int64_t sample = (from - offset) / numel;
+          const int64_t m = std::min(offset + (sample + 1) * numel, at + n) - from;
+          T* to = data + from - offset;
+          C* result = nullptr;
+          if constexpr (std::is_same_v<T, C>) {
+            result = to;
+          } else {
+            result = sums.data();
+          }
+          if (in_registers) {
+            combine(spec, k, c + sample * k, from, m, result);
+          } else {
+            combine_drawn(drawn.data() + (from - at), block, k, c + sample * k, m, result);
+          }
+          if constexpr (!std::is_same_v<T, C>) {
+            for (int64_t j = 0; j < m; ++j) to[j] = static_cast<T>(result[j]);
+          }
+          from += m;
+        }
+        at += n;
+      }
+    });
+  });
+  return out;
+}
+
 // Calls body(at, sums, n) with n sums, in the compute type of T, of c_i times tangent i for the elements from `at` on;
 // all numel elements in all, at most a group at a time, in parallel.
 template <class T, class Body>
@@ -258,6 +323,7 @@ STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
   m.impl("tangent_gram", TORCH_BOX(&tangent_gram));
   m.impl("gram", TORCH_BOX(&gram_of));
   m.impl("tangent_combine", TORCH_BOX(&tangent_combine));
+  m.impl("tangent_combine_samples", TORCH_BOX(&tangent_combine_samples));
   m.impl("tangent_axpy_", TORCH_BOX(&tangent_axpy_));
   m.impl("tangent_sgd_", TORCH_BOX(&tangent_sgd_));
 }

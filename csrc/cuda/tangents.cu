@@ -4,7 +4,7 @@
 // state holds cannot be refused as on the CPU. A step outside [0, 2^32) makes the whole result NaN, a negative
 // coordinate of a standard basis its tangent, that tangent's row and column of the Gram matrix, and every linear
 // combination.
-#include "kernels/combine.cuh"
+#include "kernels/combine_samples.cuh"
 
 #include "../arguments/tangents.h"
 #include "device.h"
@@ -52,6 +52,30 @@ Tensor tangent_combine(const Tensor& state, const Tensor& coefficients, int64_t 
   const OnDevice current(state);
   Tensor result = new_on(state, {numel}, dtype);  // [numel]
   combine(op, state, coefficients, result, offset, first, distribution, false, 1.0);
+  return result;
+}
+
+Tensor tangent_combine_samples(const Tensor& state, const Tensor& coefficients, int64_t numel, int64_t offset,
+                               int64_t first, int64_t distribution, ScalarType dtype) {
+  const char* op = "tangent_combine_samples";
+  check_same_device(op, "state", state, coefficients);
+  check_same_device(op, "coefficients", coefficients, state);
+  check_drawn_dtype(op, dtype);
+  check_samples(op, coefficients, numel, offset);
+  const int64_t k = coefficients.size(0), batch = coefficients.size(1);
+  check_draw(op, state, k, first, distribution);
+  STD_TORCH_CHECK(batch < int64_t{1} << 31, op, ": coefficients has ", batch,
+                  " samples; fewer than 2^31 are accepted on a GPU");
+  const OnDevice stream(state);
+  const ScalarType compute = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor c = torch::stable::contiguous(to_dtype(coefficients, compute));  // [k, B]
+  Tensor result = new_on(state, {batch, numel}, dtype);                         // [B, numel]
+  dispatch_floating(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using C = typename Compute<T>::type;
+    launch_combine_samples(in<int64_t>(state), Samples<C>{in<C>(c), k, batch, numel}, out<T>(result), offset, first,
+                           distribution, stream);
+  });
   return result;
 }
 
@@ -104,6 +128,7 @@ void tangent_sgd_(Tensor& self, std::optional<Tensor> buffer, const Tensor& stat
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CUDA, m) {
   m.impl("sample_tangents", TORCH_BOX(&sample_tangents));
   m.impl("tangent_combine", TORCH_BOX(&tangent_combine));
+  m.impl("tangent_combine_samples", TORCH_BOX(&tangent_combine_samples));
   m.impl("tangent_axpy_", TORCH_BOX(&tangent_axpy_));
   m.impl("tangent_sgd_", TORCH_BOX(&tangent_sgd_));
 }

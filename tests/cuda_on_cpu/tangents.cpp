@@ -1,4 +1,4 @@
-#include "cuda/kernels/combine.cuh"
+#include "cuda/kernels/combine_samples.cuh"
 #include "cuda/kernels/gram.cuh"
 #include "exported.h"
 
@@ -29,6 +29,17 @@ EXPORTED(tangent_combine)
   dispatch(code, [&](auto zero) {
     frog::launch_combine(state, coefficients, static_cast<decltype(zero)*>(out), k, numel, offset, first, distribution,
                          add != 0, alpha, nullptr);
+  });
+}
+
+EXPORTED(tangent_combine_samples)
+(const int64_t* state, const void* coefficients, void* out, int64_t k, int64_t batch, int64_t numel, int64_t offset,
+ int64_t first, int64_t distribution, int64_t code) {
+  dispatch(code, [&](auto zero) {
+    using T = decltype(zero);
+    using C = typename frog::Compute<T>::type;
+    const frog::Samples<C> samples{static_cast<const C*>(coefficients), k, batch, numel};
+    frog::launch_combine_samples(state, samples, static_cast<T*>(out), offset, first, distribution, nullptr);
   });
 }
 

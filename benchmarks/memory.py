@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-WARM_UP_LENGTH = 64
+WARM_UP_LENGTH, WARM_UP_ROWS = 64, 64
 UPDATE = ", update_"
 
 
@@ -46,6 +46,11 @@ def peak_growth(method: str, model: str, k: int) -> int:
 def attention_growth(name: str, length: int, k: int) -> int:
     """The same for one call of attention with k tangents."""
     return _in_a_process(f"{name}, length {length}, k {k}", _attention, (name, length, k), WARM_UP_LENGTH)
+
+
+def embedding_growth(name: str, rows: int, k: int) -> int:
+    """The same for one weight-perturbed gradient of a model with a table of ``rows`` rows."""
+    return _in_a_process(f"{name}, {rows} rows, k {k}", _embedding, (name, rows, k), WARM_UP_ROWS)
 
 
 Prepare = Callable[[str, Any, int], Callable[[], object]]
@@ -80,6 +85,12 @@ def _attention(name: str, length: int, k: int) -> Callable[[], object]:
     from attention_cases import prepare
 
     return prepare(name, length, k)
+
+
+def _embedding(name: str, rows: int, k: int) -> Callable[[], object]:
+    from bench_embedding import prepare
+
+    return prepare(name, rows, k)
 
 
 def _measure(send: Connection, prepare: Prepare, arguments: tuple[str, Any, int], small: Any) -> None:

@@ -45,6 +45,10 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   m.def(
       "convolution_jvp(Tensor x, Tensor dx, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
       "bool transposed, int[] output_padding, int groups) -> (Tensor y, Tensor dy)");
+  // embedding
+  m.def(
+      "embedding_jvp(Tensor indices, Tensor weight, Tensor? dweight, Tensor? state, int k, int first, int "
+      "distribution, int? weight_offset, ScalarType? dtype) -> (Tensor y, Tensor dy)");
   // softmax
   m.def("softmax_jvp(Tensor x, Tensor dx, int dim) -> (Tensor y, Tensor dy)");
   m.def("log_softmax_jvp(Tensor x, Tensor dx, int dim) -> (Tensor y, Tensor dy)");

@@ -152,6 +152,22 @@ def convolution_jvp(
 
 
 @_fake
+def embedding_jvp(
+    indices: Tensor,
+    weight: Tensor,
+    dweight: Tensor | None,
+    state: Tensor | None,
+    k: int,
+    first: int,
+    distribution: int,
+    weight_offset: int | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    y = weight.new_empty((*indices.shape, weight.shape[1]))
+    return y, y.new_empty((k, *y.shape), dtype=dtype if dweight is None else dweight.dtype)
+
+
+@_fake
 def softmax_jvp(x: Tensor, dx: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _tangents(x, dx)
 

@@ -20,7 +20,10 @@ from .rules import fallback
 __all__ = ["Conversion", "Coverage", "convert", "coverage"]
 
 #: rules in these files end in a compiled operator
-_FUSED = {f"{__package__}.rules.{stem}" for stem in ("attention", "linear", "losses", "normalization", "pointwise", "softmax")}
+_FUSED = {
+    f"{__package__}.rules.{stem}"
+    for stem in ("attention", "embedding", "linear", "losses", "normalization", "pointwise", "softmax")
+}
 
 
 @dataclass

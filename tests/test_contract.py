@@ -196,6 +196,14 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
         )
         for transposed in (False, True)
     ],
+    "embedding_jvp": lambda dtype: [
+        dict(indices=indices, weight=_rand(5, 7, dtype=dtype), k=3, **tangents)
+        for indices in (torch.tensor([[0, 4, 4], [1, 0, 2]]), torch.tensor([3, 1], dtype=torch.int32))
+        for tangents in (
+            dict(dweight=_rand(3, 7, 5, dtype=dtype).mT, state=None, first=0, distribution=0, weight_offset=None, dtype=None),
+            dict(dweight=None, state=_state(), first=1, distribution=1, weight_offset=10, dtype=dtype),
+        )
+    ],
     "softmax_jvp": lambda dtype: [
         dict(x=_rand(5, 7, dtype=dtype), dx=_rand(3, 5, 7, dtype=dtype), dim=1),
         dict(x=_rand(7, 5, dtype=dtype).T, dx=_rand(3, 5, 7, dtype=dtype), dim=0),

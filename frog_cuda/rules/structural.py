@@ -248,13 +248,6 @@ def gather(func: Any, x: Any, dim: int, index: Tensor, *, sparse_grad: bool = Fa
     )
 
 
-@aten(_aten.embedding.default)
-def embedding(func: Any, weight: Any, indices: Tensor, *args: Any, **kwargs: Any) -> Any:
-    value, tangents = parts(weight)
-    out = func(value, indices, *args, **kwargs)
-    return out if tangents is None else wrap(out, tangents[:, indices], low_dtype(weight))
-
-
 @rule(F.embedding_bag)
 def embedding_bag(
     input: Any,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .one_place import one_place
 
 __all__ = ["LocalRule", "local_gradient", "local_rule"]
 
@@ -109,6 +110,10 @@ def _convolution_weight(layer: Any, f: Tensor, g: Tensor) -> Tensor:
         if padding == "same":
             f = F.pad(f, layer._reversed_padding_repeated_twice)
         padding = (0,) * len(layer.kernel_size)
+    if not transposed and layer.groups == 1 and f.is_cpu:
+        place = one_place(f.shape[2:], layer.weight, layer.stride, padding, layer.dilation)
+        if place is not None:
+            return place.spread(g.flatten(1).T @ place.rows(f), layer.weight)
     return torch.ops.aten.convolution_backward(
         g.contiguous(),
         f,

@@ -20,6 +20,8 @@ LAYERS = {
     "conv2d, valid": (lambda: nn.Conv2d(3, 4, 3, padding="valid"), (B, 3, 7, 6)),
     "conv2d, reflect": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), (B, 3, 7, 6)),
     "conv2d, circular": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="circular", stride=2), (B, 3, 7, 6)),
+    "conv2d, one place": (lambda: nn.Conv2d(3, 4, 3, padding=1), (B, 3, 1, 1)),
+    "conv2d, one place, strided": (lambda: nn.Conv2d(3, 4, 3, padding=1, stride=2), (B, 3, 2, 2)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (B, 2, 3, 4, 3)),
     "transposed 1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1), (B, 3, 5)),
     "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (B, 4, 4, 3)),

@@ -93,6 +93,7 @@ LAYERS = {
     "empty batch": ((33, 21), (0, 21), lambda x, w, b: nn.functional.linear(x, w, b)),
     "conv1d": ((33, 5, 3), (2, 5, 9), lambda x, w, b: nn.functional.conv1d(x, w, b, padding=1, stride=2)),
     "conv2d": ((33, 3, 3, 3), (2, 3, 7, 6), lambda x, w, b: nn.functional.conv2d(x, w, b, dilation=2)),
+    "one place": ((33, 3, 3, 3), (2, 3, 2, 1), lambda x, w, b: nn.functional.conv2d(x, w, b, padding=1, stride=2)),
     "conv3d": ((33, 2, 2, 2, 2), (2, 2, 3, 4, 3), lambda x, w, b: nn.functional.conv3d(x, w, b)),
     "groups": ((33, 4, 3), (2, 12, 9), lambda x, w, b: nn.functional.conv1d(x, w, b, groups=3)),
     "transposed": ((12, 33, 3), (2, 12, 4), lambda x, w, b: nn.functional.conv_transpose1d(x, w, b)),

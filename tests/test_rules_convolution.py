@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from against_func import check, compare, draw, expected
-from helpers import assert_close64
+from helpers import assert_as_good_as_torch, assert_close64
 from torch import nn
 
 from frog_cuda import ops
 from frog_cuda.dual import DualTensor, SampledTangents
+from frog_cuda.one_place import one_place
 from frog_cuda.rules import convolution
 
 CONVOLUTIONS = {
@@ -25,6 +26,11 @@ CONVOLUTIONS = {
     "depthwise": (F.conv2d, (2, 4, 7, 5), (4, 1, 3, 3), {"groups": 4, "padding": 1}),
     "valid": (F.conv1d, (2, 3, 33), (4, 3, 7), {"padding": "valid"}),
     "pointwise": (F.conv2d, (1, 33, 1, 7), (4, 33, 1, 1), {}),
+    "one place": (F.conv2d, (2, 3, 1, 1), (4, 3, 3, 3), {"padding": 1}),
+    "one place, most of the kernel": (F.conv2d, (100, 3, 2, 2), (4, 3, 3, 3), {"padding": 1, "stride": 2}),
+    "one place, whole kernel": (F.conv1d, (7, 3, 5), (4, 3, 5), {}),
+    "one place, dilated": (F.conv2d, (2, 3, 6, 1), (4, 3, 3, 1), {"padding": (1, 0), "dilation": (3, 1), "stride": (2, 4)}),
+    "one place, empty": (F.conv2d, (0, 3, 1, 1), (4, 3, 3, 3), {"padding": 1}),
     "transposed 1d": (F.conv_transpose1d, (2, 3, 7), (3, 4, 3), {"stride": 3, "padding": 1, "dilation": 2}),
     "transposed 3d": (F.conv_transpose3d, (1, 2, 3, 4, 5), (2, 3, 2, 2, 2), {"padding": 1}),
     "transposed grouped": (F.conv_transpose2d, (2, 4, 4, 5), (4, 2, 3, 3), {"groups": 2}),
@@ -42,7 +48,7 @@ def test_convolutions(name):
     check(lambda b: op(x, w, b, **options), b)
 
 
-@pytest.mark.parametrize("name", ["2d", "strided", "grouped", "1d", "3d", "transposed", "depthwise"])
+@pytest.mark.parametrize("name", ["2d", "strided", "grouped", "1d", "3d", "transposed", "depthwise", "one place"])
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
 def test_sampled_weights_are_drawn_one_tangent_at_a_time(name, distribution, monkeypatch):
     op, x_shape, w_shape, options = CONVOLUTIONS[name]
@@ -65,6 +71,49 @@ def test_sampled_weights_are_drawn_one_tangent_at_a_time(name, distribution, mon
     (value,), (moved,) = expected(lambda w: op(x, w, b, **options), [w], tangents[1:2])
     compare(op(x, sampled(w, at), b, **options), value, moved)
     assert counts == [1] * 2 * k
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "taps, stride, padding, dilation", [(3, 1, 1, 1), (3, 2, 1, 1), (5, 7, 3, 1), (3, 4, 2, 3), (1, 2, 0, 1)]
+)
+def test_convolutions_with_one_place(size, taps, stride, padding, dilation):
+    """The product, the part of the kernel that meets the input, and the gradient of the weight."""
+    x, w = draw(2, 3, size, size + 1), draw(4, 3, taps, 2, seed=2).requires_grad_()
+    options = (stride, 3), (padding, 0), (dilation, size)
+    place = one_place(x.shape[2:], w, *options)
+    try:
+        y = F.conv2d(x, w, None, *options)
+    except RuntimeError:  # the kernel is larger than the padded image
+        assert place is None
+        return
+    if place is None:
+        assert y.shape[2:] != (1, 1)
+        return
+    assert y.shape[2:] == (1, 1)
+    assert_close64(place.rows(x) @ place.matrix(w.detach()).T, y.detach().flatten(1))
+    g = draw(*y.shape, seed=3)
+    y.backward(g)
+    assert_close64(place.spread(g.flatten(1).T @ place.rows(x), w.detach()), w.grad)
+
+
+def test_one_place_where_it_pays():
+    """Gathering a part of the kernel takes longer than the library's way for few images."""
+    w = draw(4, 3, 3, 3)
+    assert one_place((1, 1), w, [1], [1], [1], rows=2) is not None
+    assert one_place((2, 2), w, [2], [1], [1], rows=2) is None
+    assert one_place((2, 2), w, [2], [1], [1], rows=160) is not None
+
+
+def test_low_precision_tangents_with_one_place():
+    x, w, b = draw(2, 33, 2, 2).float(), draw(7, 33, 3, 3, seed=2).float(), draw(7, seed=3).float()
+    dx = draw(3, *x.shape, seed=4).bfloat16()
+    y = F.conv2d(DualTensor(x, dx), w, b, 2, 1)
+    assert y.primal.dtype == torch.float32 and y.tangents.dtype == torch.bfloat16
+    torch.testing.assert_close(y.primal, F.conv2d(x, w, b, 2, 1))
+    exact = torch.stack([F.conv2d(v.double(), w.double(), None, 2, 1) for v in dx])
+    own = torch.stack([F.conv2d(v, w.bfloat16(), None, 2, 1) for v in dx])
+    assert_as_good_as_torch(y.tangents, own, exact)
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])

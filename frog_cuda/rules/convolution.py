@@ -10,13 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from .. import ops
 from ..dual import DualTensor, aten, draw, primal_of
 from ..low_rank import Factors
+from ..one_place import OnePlace, one_place
 from .helpers import FUSED_DTYPES, common_k, low_dtype, parts, wrap
 
 _aten = torch.ops.aten
 _convolution_jvp = torch.ops.frog_cuda.convolution_jvp.default
+_linear_jvp = torch.ops.frog_cuda.linear_jvp.default
+_IDENTITY = ops.POINTWISE["identity"]
 
 
 @aten(_aten.convolution.default)
@@ -44,6 +50,10 @@ def convolution(
     if x.dim() != w.dim():
         return NotImplemented
     options = (stride, padding, dilation, transposed, output_padding, groups)
+    low = low_dtype(input, weight, bias)
+    place = None if transposed or groups != 1 else _one_place(k, x, w, b, low, stride, padding, dilation)
+    if place is not None:
+        return _as_product(place, k, x, dx, w, dw, sampled, b, db, low)
     moved = None
     if dx is not None and dx.dtype == x.dtype == w.dtype and x.dtype in FUSED_DTYPES and x.is_cpu and x.dim() > 2:
         out, moved = _convolution_jvp(x, dx, w, b, *options)  # (B, O, *s), (k, B, O, *s)
@@ -63,7 +73,50 @@ def convolution(
         moved = shared.expand(k, *out.shape).clone() if moved is None else moved + shared
     if moved is None:
         return out
-    return wrap(out, moved.contiguous(), low_dtype(input, weight, bias))
+    return wrap(out, moved.contiguous(), low)
+
+
+def _one_place(
+    k: int, x: Tensor, w: Tensor, b: Tensor | None, low: torch.dtype | None, stride: Any, padding: Any, dilation: Any
+) -> OnePlace | None:
+    if not x.is_cpu or x.dtype not in FUSED_DTYPES or any(t is not None and t.dtype != x.dtype for t in (w, b)):
+        return None
+    if x.shape[1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
+        return None  # PyTorch's own error
+    # The library's products in bfloat16 lose more than gathering the matrix costs, however few rows there are
+    rows = {} if low is not None else {"rows": (1 + k) * x.shape[0]}
+    return one_place(x.shape[2:], w, stride, padding, dilation, **rows)
+
+
+def _as_product(
+    place: OnePlace,
+    k: int,
+    x: Tensor,
+    dx: Tensor | None,
+    w: Tensor,
+    dw: Tensor | None,
+    sampled: Any,
+    b: Tensor | None,
+    db: Tensor | None,
+    low: torch.dtype | None,
+) -> Tensor:
+    rows, matrix = place.rows(x), place.matrix(w)  # (B, C m), (O, C m)
+    moved = None
+    if dx is None and dw is None and db is None:
+        out = F.linear(rows, matrix, b)
+    else:
+        dx, dw = None if dx is None else place.rows(dx), None if dw is None else place.matrix(dw)
+        out, moved, _ = _linear_jvp(
+            rows, dx, matrix, b, dw, db, None, None, k, 0, 0, None, None, _IDENTITY, 0.0, 0.0, False
+        )  # (B, O), (k, B, O)
+    for i in range(k if sampled is not None else 0):
+        v = place.matrix(draw(w, sampled, i, 1)[0])
+        product = F.linear(rows.to(v.dtype), v)
+        if moved is None:
+            moved = product.new_zeros((k, *product.shape))
+        moved[i] += product
+    shape = (*out.shape, *(1,) * (w.dim() - 2))
+    return wrap(out.view(shape), None if moved is None else moved.view(k, *shape), low)
 
 
 def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, options: tuple[Any, ...]) -> Any:
@@ -73,7 +126,12 @@ def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, o
     out = func(input, weight, bias, *options) if plain else convolution(func, input, weight, bias, *options)
     factors.touch()
     x = primal_of(input).to(factors.dtype)
-    inner = func(x, factors.right.view(k * r, *factors.shape[1:]), None, *options)  # (B, k r, *s)
+    right = factors.right.view(k * r, *factors.shape[1:])
+    place = one_place(x.shape[2:], right, *options[:3]) if x.is_cpu else None
+    if place is None:
+        inner = func(x, right, None, *options)  # (B, k r, *s)
+    else:
+        inner = F.linear(place.rows(x), place.matrix(right)).view(x.shape[0], k * r, *(1,) * (x.dim() - 2))
     inner = inner.unflatten(1, (k, r)).transpose(0, 1)  # (k, B, r, *s)
     if plain:
         moved = inner.new_zeros((k, *out.shape))

@@ -1,0 +1,92 @@
+"""Convolutions whose result has one place in each axis: matrix products, with the part of the kernel that meets the input.
+
+The late layers of residual networks on small images are such: of a kernel of 3 x 3 on an image of 1 x 1, padded, one element
+in nine is ever used. Libraries multiply with all of it. Measured with 512 channels and 544 images (16 tangents of 32), on two
+cores with AMX: 5.0 ms in float32 and 33 ms in bfloat16 as a convolution, 1.8 and 0.8 ms as a product; the gradient of the
+weight from 16 rows 7.0 and 0.6 ms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["OnePlace", "one_place"]
+
+#: rows from which the product pays although the part of the kernel has to be gathered first
+_MANY_ROWS = 160
+
+
+@dataclass(frozen=True)
+class OnePlace:
+    """Which elements meet, one slice for each spatial axis."""
+
+    kernel: tuple[slice, ...]
+    image: tuple[slice, ...]
+
+    @property
+    def image_index(self) -> Any:
+        return (..., *self.image)
+
+    @property
+    def kernel_index(self) -> Any:
+        return (..., *self.kernel)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Images (*, C, *s) as rows (*, C m)."""
+        return x[self.image_index].flatten(-len(self.image) - 1)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Kernels (*, O, C, *t) as matrices (*, O, C m)."""
+        return weight[self.kernel_index].flatten(-len(self.kernel) - 1)
+
+    def spread(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """A gradient (O, C m) in the place of its elements of the weight, with zeros for the others."""
+        whole = weight.new_zeros(weight.shape, dtype=matrix.dtype)
+        part = whole[self.kernel_index]
+        part.copy_(matrix.view(part.shape))
+        return whole
+
+    def is_cheap(self, weight: Tensor) -> bool:
+        """Whether the matrix takes little time to gather: it is the weight itself, or one element of each kernel."""
+        met = math.prod(s.stop - s.start for s in self.kernel)
+        return met in (1, math.prod(weight.shape[2:]))
+
+
+def one_place(
+    shape: Sequence[int],
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    rows: int = _MANY_ROWS,
+) -> OnePlace | None:
+    """The product that a plain convolution (not transposed, one group) comes to; None where its result has several places or
+    none, or where the library's way is faster.
+
+    Arguments:
+        shape: spatial shape of the images.
+        weight: (O, C, *t).
+        stride, padding, dilation: one number for each axis, or one for all.
+        rows: how many images.
+    """
+    if not 0 < len(shape) == weight.dim() - 2:
+        return None
+    axes = len(shape)
+    stride, padding, dilation = (list(v) * axes if len(v) == 1 else list(v) for v in (stride, padding, dilation))
+    kernel, image = [], []
+    for size, taps, step, pad, spread in zip(shape, weight.shape[2:], stride, padding, dilation, strict=True):
+        room = size + 2 * pad - spread * (taps - 1) - 1
+        if not 0 <= room < step or pad < 0:
+            return None
+        first, last = -(-pad // spread), min(taps - 1, (pad + size - 1) // spread)
+        if first > last:
+            return None
+        kernel.append(slice(first, last + 1))
+        image.append(slice(first * spread - pad, last * spread - pad + 1, spread))
+    found = OnePlace(tuple(kernel), tuple(image))
+    return found if rows >= _MANY_ROWS or found.is_cheap(weight) else None

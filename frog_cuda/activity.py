@@ -29,7 +29,7 @@ from .functional import RandomNumbers
 from .layers import Group
 from .local import local_gradient
 from .share import ALONE, Share
-from .tangents import Distribution, Piece, StandardBasis, Supplied, TangentSet
+from .tangents import Distribution, LowRank, Piece, StandardBasis, Supplied, TangentSet
 from .weight import Inputs, Step, check_parameters, copied_buffers
 
 Perturb = Callable[["Segment", Tensor], Tensor]
@@ -57,6 +57,7 @@ class Segment:
     tangents: list[Tensor]  # base tangents of each chunk, (count, *piece.shape); none where they are replayed
     dtype: torch.dtype = torch.float32  # of the tangents
     grams: Tensor | None = None  # (B, k, k) of replayed tangents, where they were wanted as they were drawn
+    block: Tensor | None = None  # tangents of all segments, (k, n), where these are a part of it
 
 
 class ActivityPerturbation:
@@ -125,7 +126,8 @@ class ActivityPerturbation:
             if first > begin:
                 self._numbers.rewind()
             chunk = range(first, min(first + size, end))
-            value, moved = self._pass(step, chunk, first == starts[-1], wants_gram)
+            block = self._drawn_ahead(step) if len(chunk) == k else None
+            value, moved = self._pass(step, chunk, first == starts[-1], wants_gram, block)
             loss = value.mean()
             kept.append([s.tangents for s in self.segments])
             columns.append(moved)
@@ -141,13 +143,29 @@ class ActivityPerturbation:
         moved = share.gather(columns[0] if len(columns) == 1 else torch.cat(columns), loss, k)
         return self.finish(tangents, aggregate, loss, value.dim() == 1, moved, correct_length, share)
 
-    def _pass(self, step: Step, chunk: range, moves_buffers: bool, wants_gram: bool = False) -> tuple[Tensor, Tensor]:
+    def _drawn_ahead(self, step: Step) -> Tensor | None:
+        """Shared tangents of all layers in one call, (k, n), where an earlier pass tells how long they are together; that they
+        are other layers' now does not matter, as an element depends on its place alone."""
+        tangents = step.tangents
+        if not (self.shared and self._pieces) or tangents.stored is not None or isinstance(tangents.distribution, LowRank):
+            return None
+        everything = Piece("", (self._pieces[-1].offset + self._pieces[-1].numel,), 0)
+        return tangents.draw(everything, step.tangent_dtype or next(iter(self.parameters.values())).dtype)
+
+    def _pass(
+        self, step: Step, chunk: range, moves_buffers: bool, wants_gram: bool = False, block: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Loss and derivatives of one forward pass, as :func:`read_loss` gives them. Fills ``segments``."""
         tangents = step.tangents
 
         def perturb(segment: Segment, y: Tensor) -> Tensor:
             segment.dtype = step.tangent_dtype or primal_of(y).dtype
-            v = tangents.draw(segment.piece, segment.dtype, chunk.start, len(chunk))
+            piece = segment.piece
+            end = piece.offset + piece.numel
+            if block is not None and block.dtype == segment.dtype and end <= block.shape[1]:
+                v, segment.block = block[:, piece.offset : end].view(len(chunk), *piece.shape), block
+            else:
+                v = tangents.draw(piece, segment.dtype, chunk.start, len(chunk))
             # Shared tangents are few. Low precision rounds, and the estimate is to be made of what was propagated.
             if self.shared or tangents.stored is not None or segment.dtype not in (torch.float32, torch.float64):
                 segment.tangents.append(v)
@@ -214,8 +232,10 @@ class ActivityPerturbation:
             n = sum(s.piece.numel * s.batch * share.shards for s in self.segments)
 
         def gram() -> Tensor:
-            if self.shared and per_sample:
-                return ops.gram(torch.cat([flat(_joined(s)) for s in self.segments], 1))
+            batches = {s.batch for s in self.segments}
+            if self.shared and (per_sample or len(batches) == 1):
+                # Under one derivative for the batch: the same vector once for each row
+                return ops.gram(self._side_by_side()) * (1 if per_sample else batches.pop() * share.shards)
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for s in self.segments:
                 if per_sample:
@@ -223,7 +243,6 @@ class ActivityPerturbation:
                 elif not s.tangents:
                     total = total + tangents.gram(s.piece)
                 else:
-                    # Shared tangents under one derivative for the batch: the same vector once for each row
                     total = total + ops.gram(flat(_joined(s))) * (s.batch * share.shards if self.shared else 1)
             return total.expand(batch, *total.shape[1:]) if total.dim() == 3 else total
 
@@ -235,6 +254,14 @@ class ActivityPerturbation:
             return torch.cat(rows, 1)
 
         return solve(tangents, aggregate, loss, base_derivatives, gram, stored, n, correct_length)
+
+    def _side_by_side(self) -> Tensor:
+        """Base tangents of all segments: (k, n)."""
+        block = self.segments[0].block
+        if block is not None and all(s.block is block for s in self.segments):
+            if sum(s.piece.numel for s in self.segments) == block.shape[1]:
+                return block
+        return torch.cat([flat(_joined(s)) for s in self.segments], 1)
 
     def check_rows(self, batch: int) -> None:
         """With a loss for each sample, outputs have a row for each, or a single one that all samples share, as the embedding of

@@ -83,7 +83,7 @@ def test_coverage_tells_how_each_call_is_served():
     tables = dict(dual.FUNCTION_RULES), dict(dual.ATEN_RULES), fallback.plan, fallback.fallback
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     found = frog.coverage(model, X)
-    assert found.rows["conv", "aten.convolution", "rule"] == 1
+    assert found.rows["conv", "conv2d", "rule"] == 1
     assert found.rows["norm", "batch_norm", "fused"] == 1
     assert found.rows["", "relu", "fused"] == 1
     assert found.rows["", "aten.max_pool2d_with_indices", "rule"] == 1

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..dual import DualTensor, aten, draw, primal_of
+from ..dual import DualTensor, aten, draw, primal_of, rule
 from ..low_rank import Factors
 from ..one_place import OnePlace, one_place
 from .helpers import FUSED_DTYPES, common_k, low_dtype, parts, wrap
@@ -23,6 +23,19 @@ _aten = torch.ops.aten
 _convolution_jvp = torch.ops.frog_cuda.convolution_jvp.default
 _linear_jvp = torch.ops.frog_cuda.linear_jvp.default
 _IDENTITY = ops.POINTWISE["identity"]
+
+
+@rule(F.conv1d, F.conv2d, F.conv3d)
+def layer(
+    input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    """Most calls; what PyTorch makes of the others comes to the rule below."""
+    w = primal_of(weight)
+    axes = w.dim() - 2
+    if isinstance(padding, str) or primal_of(input).dim() != w.dim() or w.dtype not in FUSED_DTYPES or not w.is_cpu:
+        return NotImplemented
+    sizes = ([v] * axes if isinstance(v, int) else list(v) * (axes if len(v) == 1 else 1) for v in (stride, padding, dilation))
+    return convolution(_aten.convolution.default, input, weight, bias, *sizes, False, [0] * axes, groups)
 
 
 @aten(_aten.convolution.default)

@@ -71,6 +71,8 @@ class Factors:
         from . import ops
 
         pairs = ops.gram(self.left.flatten(0, 1)) * ops.gram(self.right.flatten(0, 1))
+        if self.r == 1:
+            return pairs
         return pairs.view(self.k, self.r, self.k, self.r).sum((1, 3)) / self.r
 
     def combine(self, coefficients: Tensor) -> Tensor:

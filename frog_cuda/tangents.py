@@ -119,6 +119,7 @@ class TangentSet:
     ) -> None:
         self.distribution, self.drawn, self.seed, self.step, self.device = distribution, k, seed, step, device
         self.stored: dict[str, Tensor] | None = None
+        self._factors: dict[tuple[int, torch.dtype], Factors] = {}
         self.guides: list[Guide] = []
         if n is not None:
             distribution.check(k, n)
@@ -170,16 +171,27 @@ class TangentSet:
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def factors(self, piece: Piece, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Factors | None:
-        """The same by their factors, where a piece is drawn so: :class:`LowRank` and a matrix."""
+        """The same by their factors, where a piece is drawn so: :class:`LowRank` and a matrix. Those of all are kept for
+        the Gram matrix and the estimate."""
         if not isinstance(self.distribution, LowRank) or not factored(piece.shape, self.distribution.r):
             return None
         r, m = self.distribution.r, math.prod(piece.shape[1:])
         count = self.k - first if count is None else count
+        key, whole = (piece.offset, dtype), count == self.k
+        if whole and key in self._factors:
+            return self._factors[key]
         elements, base = r * (piece.shape[0] + m), self.distribution.base
         drawn = ops.sample_tangents(
             self.state, count, elements, offset=piece.offset, first=first, distribution=base, dtype=dtype
         )
-        return Factors.split(drawn, piece.shape, r)
+        found = Factors.split(drawn, piece.shape, r)
+        if whole:
+            self._factors[key] = found
+        return found
+
+    def forget(self) -> None:
+        """Drops what was kept: the state is that of another step now."""
+        self._factors.clear()
 
     def gram(self, piece: Piece) -> Tensor:
         """This piece's share of the Gram matrix: (k, k) float64."""

@@ -73,6 +73,7 @@ class WeightPerturbation:
     ) -> Estimate:
         """One forward pass per chunk of this share's tangents, and of all guides. Fills ``used``: the pieces that took part."""
         tangents = step.tangents
+        tangents.forget()
         drawn, guided = tangents.passes(*share.span(tangents.drawn), chunk_size)
         passes = [*drawn, *guided]
         wants_gram = tangents.distribution.mixed or (isinstance(aggregate, Aggregate) and aggregate.needs_gram)

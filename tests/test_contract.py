@@ -347,6 +347,26 @@ def test_fakes_foretell_shape_dtype_and_strides(name, dtype):
         assert facts(direct(name)(**meta)) == facts(direct(name)(**arguments))
 
 
+def _inside(t: Tensor) -> Tensor:
+    """The same values and strides within a larger block of memory, full of NaN where that is possible."""
+    reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    block = torch.full((reach + 16,), torch.nan if t.is_floating_point() else 1, dtype=t.dtype)
+    return block.as_strided(t.shape, t.stride(), 5).copy_(t)
+
+
+@TENSORS
+def test_a_part_of_a_larger_tensor_is_read_where_it_lies(name, i, key):
+    expected, arguments = SAMPLES[name](torch.float32)[i], SAMPLES[name](torch.float32)[i]
+    arguments[key] = _inside(arguments[key])
+    results = []
+    for given in (expected, arguments):
+        out = direct(name)(**given)
+        changed = [given[n] for n in ("self", "buffer") if isinstance(given.get(n), Tensor)]
+        results.append([*changed, *((out,) if isinstance(out, Tensor) else out or ())])
+    for e, a in zip(*results, strict=True):
+        assert torch.equal(a, e)
+
+
 @WAYS
 @FLOATING
 def test_an_input_that_requires_grad_raises(name, i, key, way):

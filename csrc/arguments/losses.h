@@ -43,7 +43,7 @@ inline Tensor broadcast(const char* op, const char* name, const Tensor& t, const
   }
   STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_string(t), ", expected one that broadcasts to ",
                   shape_string(like));
-  return torch::stable::contiguous(as_strided(dense, shape, strides, 0));
+  return torch::stable::contiguous(as_strided(dense, shape, strides, dense.storage_offset()));
 }
 
 }  // namespace frog

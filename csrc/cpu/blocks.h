@@ -157,7 +157,8 @@ inline Tensor dense_activity(const char* op, const char* name, const Tensor& act
   *period = std::max<int64_t>(1, dense.numel() / k);
   if (*period >= kShortestRow || *period >= numel) return dense;
   const int64_t repeats = kShortestRow / *period + 1;
-  const Tensor rows = torch::stable::contiguous(as_strided(dense, {k, repeats, *period}, {*period, 0, 1}, 0));
+  const Tensor rows =
+      torch::stable::contiguous(as_strided(dense, {k, repeats, *period}, {*period, 0, 1}, dense.storage_offset()));
   *period *= repeats;
   return rows;
 }

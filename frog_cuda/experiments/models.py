@@ -90,7 +90,7 @@ class ResNet18(nn.Module):
     """ResNet18 with its 7x7 stem.
 
     In train mode batch normalisation makes a sample's loss depend on the others: activity perturbation is exact there with
-    ``per_sample=False``.
+    ``per_sample=False``. It also takes away most of a tangent that all samples share: use ``shared_across_batch=False``.
 
     Groups: stem, four residual stages, head.
     """

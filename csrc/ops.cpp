@@ -52,6 +52,10 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   // softmax
   m.def("softmax_jvp(Tensor x, Tensor dx, int dim) -> (Tensor y, Tensor dy)");
   m.def("log_softmax_jvp(Tensor x, Tensor dx, int dim) -> (Tensor y, Tensor dy)");
+  // pooling
+  m.def(
+      "max_pool_jvp(Tensor x, Tensor dx, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode, "
+      "bool want_indices) -> (Tensor y, Tensor dy, Tensor indices)");
   // attention
   m.def(
       "attention_jvp(Tensor query, Tensor? dquery, Tensor key, Tensor? dkey, Tensor value, Tensor? dvalue, Tensor? "

@@ -208,6 +208,29 @@ def _like(y: Tensor, k: int, dtype_of: Tensor) -> Tensor:
 
 
 @_fake
+def max_pool_jvp(
+    x: Tensor,
+    dx: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    want_indices: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead = x.dim() - len(kernel)
+    shape = list(x.shape[:lead])
+    for size, window, step, pad, apart in zip(x.shape[lead:], kernel, stride, padding, dilation, strict=True):
+        room = size + 2 * pad - apart * (window - 1) - 1
+        count = (room + (step - 1 if ceil_mode else 0)) // step + 1
+        if ceil_mode and (count - 1) * step >= size + pad:
+            count -= 1
+        shape.append(count)
+    y = x.new_empty(shape)
+    return y, _tangents(y, dx), x.new_empty(shape if want_indices else (0,), dtype=torch.int64)
+
+
+@_fake
 def attention_jvp(
     query: Tensor,
     dquery: Tensor | None,

@@ -22,7 +22,7 @@ __all__ = ["Conversion", "Coverage", "convert", "coverage"]
 #: rules in these files end in a compiled operator
 _FUSED = {
     f"{__package__}.rules.{stem}"
-    for stem in ("attention", "embedding", "linear", "losses", "normalization", "pointwise", "softmax")
+    for stem in ("attention", "embedding", "linear", "losses", "normalization", "pointwise", "pooling", "softmax")
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # ---- Philox and the distributions
@@ -517,6 +518,35 @@ def bce_jvp(
         # PyTorch's 1e-12 is a float32 at every precision
         slope = (x - t) / (x * (1 - x)).clamp(min=float(np.float32(1e-12)))
     return w * loss, w * slope * dinput.double()
+
+
+def max_pool_jvp(
+    x: Tensor,
+    dx: Tensor,
+    *,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool = False,
+    want_indices: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest element of every window, and the same element of every tangent, gathered by PyTorch's own indices."""
+    axes = len(kernel)
+    lead, planes = x.shape[: x.dim() - axes], x.double().reshape(-1, 1, *x.shape[x.dim() - axes :])
+
+    def pool(t: Tensor) -> tuple[Tensor, Tensor]:
+        function = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[axes - 1]
+        return function(t, kernel, stride, padding, dilation, ceil_mode, return_indices=True)  # type: ignore[return-value]
+
+    y, indices = pool(planes)
+    somewhere = pool(torch.zeros_like(planes))[0] == 0  # not so for a window that lies in the padding
+    flat = dx.double().reshape(len(dx), *planes.shape).flatten(2)  # (k, planes, elements)
+    places = torch.where(somewhere, indices, 0).flatten(1).expand(len(dx), -1, -1)
+    dy = torch.where(somewhere, flat.gather(-1, places).view(len(dx), *y.shape), 0.0)
+    shape = (*lead, *y.shape[2:])
+    kept = indices.reshape(shape) if want_indices else indices.new_empty(0)
+    return y.reshape(shape), dy.reshape(len(dx), *shape), kept
 
 
 def attention_jvp(

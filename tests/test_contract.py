@@ -212,6 +212,22 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
         dict(x=_rand(5, 7, dtype=dtype), dx=_rand(3, 5, 7, dtype=dtype), dim=-1),
         dict(x=_rand(7, 5, dtype=dtype).T, dx=_rand(3, 5, 7, dtype=dtype), dim=0),
     ],
+    "max_pool_jvp": lambda dtype: [
+        dict(
+            x=x,
+            dx=dx,
+            kernel=[3, 2],
+            stride=[2, 2],
+            padding=[1, 0],
+            dilation=[1, 2],
+            ceil_mode=want_indices,
+            want_indices=want_indices,
+        )
+        for x, dx, want_indices in (
+            (_rand(2, 4, 7, 6, dtype=dtype), _rand(3, 2, 4, 7, 6, dtype=dtype), False),
+            (_rand(2, 7, 6, 4, dtype=dtype).permute(0, 3, 1, 2), _rand(2, 4, 7, 6, 3, dtype=dtype).movedim(-1, 0), True),
+        )
+    ],
     "attention_jvp": lambda dtype: [
         dict(
             query=_rand(2, 4, 5, 6, dtype=dtype),

@@ -42,3 +42,26 @@ def test_an_index_that_is_no_row_gives_nan():
     found = [*ops.embedding_jvp(indices, w, dw, k=2), ops.embedding_jvp(indices, w, state=state, k=2, weight_offset=0)[1]]
     for t in found:
         assert t.isnan().all(-1).reshape(-1, 4).tolist() == [[False, True, False, True]] * (t.numel() // 12)
+
+
+POOLINGS = {
+    "3x3": ((2, 5, 31, 32), dict(kernel=[3, 3], stride=[2, 2], padding=[1, 1], dilation=[1, 1])),
+    "many planes": ((64, 64, 16, 16), dict(kernel=[2, 2], stride=[2, 2], padding=[0, 0], dilation=[1, 1])),
+    "one window": ((1, 1, 7, 7), dict(kernel=[7, 7], stride=[1, 1], padding=[0, 0], dilation=[1, 1])),
+    "1-D": ((3, 4, 1000), dict(kernel=[3], stride=[1], padding=[1], dilation=[2], ceil_mode=True)),
+    "3-D": ((2, 3, 9, 8, 7), dict(kernel=[3, 2, 2], stride=[2, 2, 1], padding=[1, 0, 1], dilation=[1, 2, 1])),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", POOLINGS)
+@pytest.mark.parametrize("k", [1, 7, 64])
+def test_max_pool(name, dtype, k):
+    shape, options = POOLINGS[name]
+    x, dx = randn(*shape, dtype=dtype), randn(k, *shape, seed=1)
+    x[x.abs() < 0.01] = float("nan")
+    expected = ops.max_pool_jvp(x, dx, **options, want_indices=True)
+    for value in (x, x.mT.contiguous().mT):
+        actual = ops.max_pool_jvp(value.to(DEVICE), dx.to(DEVICE), **options, want_indices=True)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a.cpu(), e, rtol=0, atol=0, equal_nan=True)

@@ -45,8 +45,6 @@ LINEAR: dict[str, int] = {
 }
 #: max pooling that returns (values, indices into the flattened spatial axes), and the number of spatial axes
 MAXIMUM: dict[str, int] = {
-    "max_pool2d_with_indices": 2,
-    "max_pool3d_with_indices": 3,
     "adaptive_max_pool2d": 2,
     "adaptive_max_pool3d": 3,
 }

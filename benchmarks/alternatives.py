@@ -26,7 +26,7 @@ class MeZO(Method):
 
     def __init__(self, problem: Problem, k: int) -> None:
         super().__init__(problem, k)
-        self.step, self.generator = 0, torch.Generator()
+        self.step, self.generator = 0, torch.Generator(problem.x.device)
 
     def __call__(self) -> None:
         self.step += 1
@@ -53,7 +53,7 @@ class MeZO(Method):
         """Each parameter with its part of the vector of this seed."""
         self.generator.manual_seed(seed)
         for p in self.problem.parameters.values():
-            yield p, torch.randn(p.shape, generator=self.generator).to(p.dtype)
+            yield p, torch.randn(p.shape, generator=self.generator, device=p.device).to(p.dtype)
 
     def _add(self, seed: int, alpha: float) -> None:
         for p, z in self.directions(seed):
@@ -112,7 +112,8 @@ class VmapJvp(Method):
                 q.grad = ((self.derivatives / k) @ tangents[name].flatten(1)).view_as(q)
 
     def draw(self) -> dict[str, Tensor]:
-        return {name: torch.randn(self.k, *p.shape, dtype=p.dtype) for name, p in self.problem.parameters.items()}
+        parameters = self.problem.parameters.items()
+        return {name: torch.randn(self.k, *p.shape, dtype=p.dtype, device=p.device) for name, p in parameters}
 
     def evaluate(self, tangents: dict[str, Tensor]) -> Tensor:
         values = {name: p.detach() for name, p in self.problem.parameters.items()}
@@ -199,9 +200,9 @@ class _Jax(Method):
         except ImportError as error:
             raise Unsuitable(str(error)) from None
         self.jax, self.step = jax, 0
-        jax.config.update("jax_platforms", "cpu")
-        self.values = [jax.numpy.asarray(p.detach().numpy()) for p in problem.parameters.values()]
-        self.x, self.target = (jax.numpy.asarray(t.numpy()) for t in (problem.x.flatten(1), problem.target))
+        jax.config.update("jax_platforms", problem.x.device.type)
+        self.values = [jax.numpy.asarray(p.detach().cpu().numpy()) for p in problem.parameters.values()]
+        self.x, self.target = (jax.numpy.asarray(t.cpu().numpy()) for t in (problem.x.flatten(1), problem.target))
         self.compiled = jax.jit(self.gradient).lower(self.values, self.key()).compile()
 
     def key(self) -> Any:

@@ -1,6 +1,7 @@
 """What frog_cuda reaches on one GPU: operators against ceilings measured in the same run, whole gradients against backprop.
 
     python benchmarks/gpu.py                  on the GPU; writes benchmarks/results/gpu-<name>.json and prints one table
+    python benchmarks/gpu.py --seconds 500    the same with time for all models
     python benchmarks/gpu.py --device cpu --tiny   the same program on small sizes: shows that it runs, says nothing of a GPU
 
 Times are medians of device events (on the CPU: of a clock), after warm-up. A figure is bytes or FLOPs that the task needs at
@@ -15,20 +16,21 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # frog_cuda as it lies here, installed or not
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]  # frog_cuda as it lies here, installed or not
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import alternatives  # noqa: E402
+import cases  # noqa: E402
+import torch  # noqa: E402
+from problems import Problem  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-import frog_cuda as frog
-from frog_cuda import ops
-from frog_cuda.experiments import models
+import frog_cuda as frog  # noqa: E402
+from frog_cuda import ops  # noqa: E402
 
 Row = dict[str, Any]
 
@@ -43,12 +45,13 @@ class Machine:
     def name(self) -> str:
         return torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
 
-    def seconds(self, fn: Callable[[], object], rounds: int | None = None) -> float:
-        """Median time of one call."""
-        rounds = rounds or self.rounds
-        for _ in range(2):
-            fn()
-        if self.device.type != "cuda":
+    def seconds(self, fn: Callable[[], object], *, clock: bool = False) -> float:
+        """Median time of one call, of so many as fit half a second; by the clock where ``fn`` waits for the result itself."""
+        fn()
+        self.wait()
+        once = _clock(lambda: (fn(), self.wait()))
+        rounds = max(3, min(self.rounds, int(0.5 / once)))
+        if clock or self.device.type != "cuda":
             return statistics.median(_clock(fn) for _ in range(rounds))
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
         torch.cuda.synchronize()
@@ -58,6 +61,10 @@ class Machine:
             end.record()
         torch.cuda.synchronize()
         return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def peak(self, fn: Callable[[], object]) -> int:
         """Bytes allocated at most during a call, beyond what there was before; 0 where that is not known."""
@@ -156,78 +163,95 @@ def operators(m: Machine) -> Iterator[Row]:
 # ---- whole gradients
 
 
-def nets(m: Machine) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    for width in (16,) if m.tiny else (256, 1024, 4096):
-        net = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
-        yield f"FC {width}", net.to(m.device), m.rand(4 if m.tiny else 64, 784)
-    if not m.tiny:
-        yield "ResNet18", models.ResNet18().to(m.device), m.rand(128, 3, 32, 32)
-        yield "ViT", models.VisionTransformer().to(m.device), m.rand(128, 3, 32, 32)
+NETS, TINY = ["fc1024", "resnet18-128", "vit-128", "gpt2-small", "fc256", "fc4096"], ["fc16", "tiny-resnet18", "tiny-gpt"]
+KS, TINY_KS = (1, 2, 4, 16), (1, 2)
+#: relative error of an estimate; TF32 keeps 10 bits, and so does every product of both sides
+BOUND = cases.BOUND_BF16
 
 
-def gradients(m: Machine) -> Iterator[Row]:
-    for name, model, x in nets(m):
-        target = torch.randint(10, (len(x),), device=m.device)
-
-        def row(method: str, k: int, fn: Callable[[], object], backprop: float | None, name: str = name) -> Row:
-            found = m.measured(fn)
-            ratio = None if backprop is None or "error" in found else found["seconds"] / backprop
-            return {"model": name, "method": method, "k": k, "ratio": ratio, **found}
-
-        base = row("backprop", 0, partial(backprop, model, x, target), None)
-        base["ratio"] = 1.0
-        yield base
-        if m.device.type == "cuda":
-            yield row("backprop, CUDA graph", 0, _graphed(model, x, target), base.get("seconds"))
-        loss = nn.CrossEntropyLoss(reduction="none")
-        for perturb in ("activity", "weight"):
-            for k in (1, 2, 4, 16):
-                for graph in (False, True)[: 1 + (m.device.type == "cuda")]:
-                    options = {"per_sample": not name.startswith("ResNet"), "cuda_graph": graph}
-                    fg = frog.ForwardGradient(model, loss, k=k, perturb=perturb, **options)
-                    step = partial(forward, fg, x, target)
-                    yield row(f"{perturb}, CUDA graph" if graph else perturb, k, step, base.get("seconds"))
-        if name.startswith("FC"):
-            for k in (1, 4, 16):
-                yield row("vmap(jvp)", k, partial(_vmap_jvp, model, x, target, k), base.get("seconds"))
+def variant(kind: type[cases.Method], name: str, **options: Any) -> type[cases.Method]:
+    """The same method with other options of ``ForwardGradient``."""
+    return type(kind.__name__, (kind,), {"name": f"{kind.name}{name}", "options": {**kind.options, **options}})  # type: ignore[attr-defined]
 
 
-def backprop(model: nn.Module, x: Tensor, target: Tensor) -> None:
-    model.zero_grad()
-    F.cross_entropy(model(x), target).backward()
+class GraphedBackprop(cases.Backprop):
+    """Captured once, replayed at each call."""
+
+    name = "backprop, CUDA graph"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                super().__call__()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        problem.model.zero_grad()
+        with torch.cuda.graph(self.graph):
+            self.evaluate().backward()
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
-def forward(fg: frog.ForwardGradient, x: Tensor, target: Tensor) -> None:
-    fg.model.zero_grad()
-    fg(x, target)
+def methods(name: str, ks: Sequence[int], gpu: bool) -> Iterator[tuple[type[cases.Method], int]]:
+    """What is measured of a model, the most telling first: time may run out."""
+    yield cases.Backprop, 0
+    if gpu:
+        yield GraphedBackprop, 0
+    for k in ks:
+        for kind in (cases.Activity, cases.ActivityBf16, cases.WeightRademacher, cases.WeightLowRank):
+            yield kind, k
+            if gpu:
+                yield variant(kind, ", CUDA graph", cuda_graph=True), k
+    yield cases.CheckpointedBackprop, 0
+    for k in ks:
+        yield alternatives.VmapJvp, k
+    if name.startswith("fc"):
+        yield alternatives.JaxGrad, 0
+        yield from ((alternatives.JaxVmapJvp, k) for k in ks)
 
 
-def _graphed(model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], object]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            backprop(model, x, target)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    model.zero_grad()
-    with torch.cuda.graph(graph):
-        F.cross_entropy(model(x), target).backward()
-    return graph.replay
+def gradients(m: Machine, deadline: float, compiles: bool) -> Iterator[Row]:
+    """Products in TF32 on both sides. Rows that the time did not suffice for are missing."""
+    names, ks = (TINY, TINY_KS) if m.tiny else (NETS, KS)
+    plans = [(name, kind, k) for name in names for kind, k in methods(name, ks, m.device.type == "cuda")]
+    if compiles:
+        plans += [(name, alternatives.compiled(cases.Backprop), 0) for name in names]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    problem, base = None, dict[str, float]()
+    for name, kind, k in plans:
+        if time.monotonic() > deadline:
+            return
+        if problem is None or problem.name != name:
+            problem = Problem(name, device=m.device)
+        found = gradient(m, problem, kind, k)
+        if kind is cases.Backprop and "seconds" in found:
+            base[name] = found["seconds"]
+        ratio = found["seconds"] / base[name] if "seconds" in found and name in base else None
+        yield {"model": name, "method": kind.name, "k": k, "ratio": ratio, **found}
 
 
-def _vmap_jvp(model: nn.Module, x: Tensor, target: Tensor, k: int) -> Tensor:
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    with torch.no_grad():
-        tangents = {name: torch.randn(k, *p.shape, device=p.device) for name, p in parameters.items()}
-
-        def loss(values: dict[str, Tensor]) -> Tensor:
-            return F.cross_entropy(torch.func.functional_call(model, values, x), target)
-
-        value, d = torch.func.vmap(lambda v: torch.func.jvp(loss, (parameters,), (v,)))(tangents)
-        for name, p in model.named_parameters():
-            p.grad = ((d / k) @ tangents[name].flatten(1)).view_as(p)
-    return value
+def gradient(m: Machine, problem: Problem, kind: type[cases.Method], k: int) -> Row:
+    """Time, peak memory, and the error of the gradient against backprop, where k tangents of all parameters fit into memory."""
+    if kind.stores_tangents and 4 * k * problem.n > 1 << 33:
+        return {"left_out": f"k tangents would take {4 * k * problem.n / 2**30:.0f} GiB"}
+    try:
+        method = kind(problem, k) if k else kind(problem)
+        found = {"seconds": m.seconds(method, clock=method.name.startswith("JAX")), "peak_bytes": m.peak(method)}
+        if isinstance(method, cases.ForwardGradient) and k * problem.n < 1 << 28:
+            found["gradient_error"] = cases.ForwardGradient._error(method)
+            if not found["gradient_error"] < BOUND:
+                raise cases.WrongResult(f"relative error {found['gradient_error']:.3g}, bound {BOUND}")
+        return found
+    except (cases.Unsuitable, torch.OutOfMemoryError) as error:
+        return {"left_out": str(error).splitlines()[0][:300]}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    finally:
+        problem.restore()
 
 
 # ---- the command
@@ -237,6 +261,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="sizes that say nothing, to see the program run")
+    parser.add_argument("--seconds", type=float, default=100.0, help="begin no gradient after so long; default %(default)s")
+    parser.add_argument("--compile", action="store_true", help="backprop under torch.compile as well: minutes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -246,7 +272,8 @@ def main(arguments: list[str] | None = None) -> None:
     result: Row = {"device": machine.name(), "frog_cuda": frog.build_info(), "cuda": torch.version.cuda, "ceilings": top}
     result |= {"operators": [], "gradients": []}
     file = args.out / f"gpu-{re.sub(r'[^a-z0-9]+', '-', machine.name().lower())}.json"
-    for kind, rows in (("operators", operators(machine)), ("gradients", gradients(machine))):
+    deadline = time.monotonic() + args.seconds
+    for kind, rows in (("operators", operators(machine)), ("gradients", gradients(machine, deadline, args.compile))):
         for row in rows:
             result[kind].append(row)
             file.write_text(json.dumps(result, indent=1))  # what was measured stays, whatever happens next
@@ -264,16 +291,18 @@ def table(result: Row) -> str:
     for row in result["operators"]:
         share = "" if row["rate"] is None else f"{row['rate'] / top[row['ceiling']]:6.1%} {row['ceiling']:4}"
         lines.append(f"{row['operator']:44} {_cells(row, share)}")
-    lines += ["", f"{'model':10} {'method':22} {'k':>3} {'ms':>9} {'backprops':>11} {'peak MiB':>9}"]
+    lines += ["", f"{'model':14} {'method':44} {'k':>3} {'ms':>9} {'backprops':>11} {'peak MiB':>9}"]
     for row in result["gradients"]:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:11.2f}"
-        lines.append(f"{row['model']:10} {row['method']:22} {row['k']:3} {_cells(row, ratio)}")
+        lines.append(f"{row['model']:14} {row['method']:44} {row['k']:3} {_cells(row, ratio)}")
     return "\n".join(lines)
 
 
 def _cells(row: Row, share: str) -> str:
     if "error" in row:
         return f"failed: {row['error']}"
+    if "left_out" in row:
+        return f"left out: {row['left_out']}"
     return f"{row['seconds'] * 1e3:9.3f} {share} {row['peak_bytes'] >> 20:9}"
 
 

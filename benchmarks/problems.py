@@ -70,9 +70,11 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {
     "resnet18": _images("resnet18", (3, 32, 32), 32),
     "resnet18-128": _images("resnet18", (3, 32, 32), 128),
     "vit": _images("vit", (3, 32, 32), 32),
+    "vit-128": _images("vit", (3, 32, 32), 128),
     "mixer": _images("mixer", (3, 32, 32), 32),
     "gpt256": _text(256, 4),
     "gpt1024": _text(1024, 1),
+    "gpt2-small": _text(1024, 8, tokens=50257, width=768, heads=12, layers=12),
     "tiny-lenet5": _images("lenet5", (1, 4, 4), 2),
     "tiny-resnet18": _images("resnet18", (1, 8, 8), 4, width=4),
     "tiny-vit": _images("vit", (1, 8, 8), 4, layers=2, heads=2, width=8, hidden=12),
@@ -100,7 +102,12 @@ def losses(output: Tensor, target: Tensor) -> Tensor:
 class Problem:
     """A model, a batch of it, and its mean loss. The values of the batch do not matter for time."""
 
-    def __init__(self, name: str, make: Callable[[], tuple[nn.Module, Tensor, Tensor]] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], tuple[nn.Module, Tensor, Tensor]] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         width = re.fullmatch(r"fc(\d+)", name)
         if make is None:
             make = _images("fc", (1, 28, 28), 64, width=int(width[1])) if width else MODELS.get(name)
@@ -108,7 +115,8 @@ class Problem:
             raise ValueError(f"model is {name!r}; accepted are {ACCEPTED}")
         torch.manual_seed(0)
         self.name = name
-        self.model, self.x, self.target = make()
+        model, x, target = make()
+        self.model, self.x, self.target = model.to(device), x.to(device), target.to(device)
         self.start = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @property

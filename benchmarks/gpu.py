@@ -150,6 +150,15 @@ def operators(m: Machine) -> Iterator[Row]:
             linear = partial(ops.linear_jvp, x, None, w, state=state, k=k, distribution=name, weight_offset=0)
             flops = 2 * batch * size * size * (k + 1)
             yield row(f"linear, {name} weights, {dtype}", linear, flops=flops, ceiling="bf16")
+    side, channels, batch, k = (6, 8, 2, 2) if m.tiny else (28, 256, 32, 4)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = m.rand(batch, channels, side, side, dtype=dtype)
+        moved = torch.empty(k, *x.shape, dtype=dtype, device=m.device)
+        places = dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])
+        flops = 2 * batch * side**2 * channels**2 * 9 * k
+        for name in ("rademacher", "normal"):
+            convolve = partial(ops.sampled_convolution_, moved, x, state, distribution=name, add=False, **places)
+            yield row(f"convolution 3x3, {name} weights, {dtype}", convolve, flops=flops, ceiling="bf16")
     b, h, t, d = (1, 2, 64, 16) if m.tiny else (4, 16, 4096, 64)
     for k in (1, 4):
         q, key, value = (m.rand(b, h, t, d, dtype=torch.bfloat16) for _ in range(3))

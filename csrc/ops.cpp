@@ -45,6 +45,9 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   m.def(
       "convolution_jvp(Tensor x, Tensor dx, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
       "bool transposed, int[] output_padding, int groups) -> (Tensor y, Tensor dy)");
+  m.def(
+      "sampled_convolution_(Tensor(a!) self, Tensor x, Tensor state, int[] kernel, int[] stride, int[] padding, int[] "
+      "dilation, int offset, int first, int distribution, bool add) -> ()");
   // embedding
   m.def(
       "embedding_jvp(Tensor indices, Tensor weight, Tensor? dweight, Tensor? state, int k, int first, int "

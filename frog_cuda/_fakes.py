@@ -152,6 +152,23 @@ def convolution_jvp(
 
 
 @_fake
+def sampled_convolution_(
+    self: Tensor,
+    x: Tensor,
+    state: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    offset: int,
+    first: int,
+    distribution: int,
+    add: bool,
+) -> None:
+    return None
+
+
+@_fake
 def embedding_jvp(
     indices: Tensor,
     weight: Tensor,

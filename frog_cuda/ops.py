@@ -380,6 +380,39 @@ def convolution_jvp(
         return _ops.convolution_jvp(x, dx, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
 
+def sampled_convolution_(
+    self: Tensor,
+    x: Tensor,
+    state: Tensor,
+    *,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    offset: int = 0,
+    first: int = 0,
+    distribution: str = "normal",
+    add: bool = True,
+) -> Tensor:
+    """``self[i] += conv(x, dW_i)`` in place, or ``=`` without ``add``, for k sampled tangents of the weight of a convolution.
+
+    The tangents ``(O, C, *kernel)`` are those of :func:`sample_tangents`. On a GPU they are drawn within the kernel, an
+    implicit matrix product that reads x patch by patch; on the CPU one at a time, for the library's convolution.
+
+    Arguments:
+        self: ``(k, B, O, *t)``.  x: ``(B, C, *s)``, s of one to three axes, the same dtype.
+        kernel, stride, padding, dilation: an integer for each axis of s. One group, not transposed.
+        state, offset, first, distribution: as in :func:`sample_tangents`.
+    """
+    _guard("sampled_convolution_", self, x, state)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        _ops.sampled_convolution_(self, x, state, kernel, stride, padding, dilation, offset, first, code, add)
+    if not self.is_inference():
+        increment_version(self)
+    return self
+
+
 def embedding_jvp(
     indices: Tensor,
     weight: Tensor,

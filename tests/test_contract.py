@@ -196,6 +196,22 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
         )
         for transposed in (False, True)
     ],
+    "sampled_convolution_": lambda dtype: [
+        dict(
+            self=target,
+            x=_rand(2, 4, 5, 6, dtype=dtype),
+            state=_state(),
+            kernel=[3, 2],
+            stride=[2, 1],
+            padding=[1, 0],
+            dilation=[1, 2],
+            offset=5,
+            first=1,
+            distribution=0,
+            add=True,
+        )
+        for target in (_rand(3, 2, 7, 3, 4, dtype=dtype), _rand(2, 7, 3, 3, 4, dtype=dtype).transpose(0, 2).transpose(1, 2))
+    ],
     "embedding_jvp": lambda dtype: [
         dict(indices=indices, weight=_rand(5, 7, dtype=dtype), k=3, **tangents)
         for indices in (torch.tensor([[0, 4, 4], [1, 0, 2]]), torch.tensor([3, 1], dtype=torch.int32))

@@ -79,6 +79,23 @@ def test_combine_samples_equals_the_cpu(distribution, batch, numel):
     assert_close32(actual, ops.tangent_combine_samples(state, c, numel, dtype=torch.float64, **options))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch, channels, outputs, side, stride", [(1, 3, 5, 7, 1), (8, 64, 96, 14, 2), (2, 300, 10, 4, 1)])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_sampled_convolution_equals_the_cpu(distribution, batch, channels, outputs, side, stride, dtype):
+    numel = 9 * channels * outputs
+    state = state_for(distribution, 5, numel, 77)
+    x = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0)).to(dtype)
+    result = (side - 1) // stride + 1
+    places = dict(kernel=[3, 3], stride=[stride, stride], padding=[1, 1], dilation=[1, 1])
+    target = torch.zeros(4, batch, outputs, result, result, dtype=dtype)
+    options = dict(offset=77, first=1, distribution=distribution, **places)
+    actual = ops.sampled_convolution_(target.to(DEVICE), x.to(DEVICE), state.to(DEVICE), add=False, **options).cpu()
+    exact = ops.sampled_convolution_(target.double(), x.double(), state, **options)
+    bound = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]  # elements are drawn in float32
+    assert relative_error(actual, exact) <= bound
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("numel, offset", RANGES)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

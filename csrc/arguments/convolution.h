@@ -1,7 +1,7 @@
-// Arguments of convolution_jvp, checked alike on every device.
+// Arguments of convolution_jvp and sampled_convolution_, checked alike on every device.
 #pragma once
 
-#include "../checks.h"
+#include "tangents.h"
 
 namespace frog {
 
@@ -18,6 +18,51 @@ inline void check_convolution(const char* op, const Tensor& x, const Tensor& dx,
 inline void check_convolution_bias(const char* op, const Tensor& bias, const Tensor& x, int64_t channels) {
   check_dtype(op, "bias", bias, x.scalar_type());
   check_shape(op, "bias", bias, {channels});
+}
+
+/// What sampled_convolution_ is given beside its tensors; a number for each spatial axis.
+struct SampledConvolutionOptions {
+  std::vector<int64_t> kernel, stride, padding, dilation;
+  int64_t offset, first, distribution;
+
+  int64_t kernel_size() const {
+    int64_t size = 1;
+    for (const int64_t n : kernel) size *= n;
+    return size;
+  }
+};
+
+/// self [k, B, O, *t] and x [B, C, *s], with t what a kernel [O, C, *kernel] makes of s.
+inline void check_sampled_convolution(const char* op, const Tensor& self, const Tensor& x, const Tensor& state,
+                                      const SampledConvolutionOptions& o) {
+  check_floating(op, "x", x);
+  check_dtype(op, "self", self, x.scalar_type());
+  STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, op, ": x has shape ", shape_string(x),
+                  ", expected (batch, channels, *) with one to three more axes");
+  STD_TORCH_CHECK(self.dim() == x.dim() + 1, op, ": self has shape ", shape_string(self), " and x has shape ",
+                  shape_string(x), ", expected (k, batch, outputs, *) with as many axes at the end");
+  const int64_t axes = x.dim() - 2;
+  const std::pair<const char*, const std::vector<int64_t>*> lists[] = {
+      {"kernel", &o.kernel}, {"stride", &o.stride}, {"padding", &o.padding}, {"dilation", &o.dilation}};
+  for (const auto& [name, values] : lists) {
+    STD_TORCH_CHECK(static_cast<int64_t>(values->size()) == axes, op, ": ", name, " has ", values->size(),
+                    " elements, expected ", axes, ", one for each axis of an image");
+    const int64_t least = values == &o.padding ? 0 : 1;
+    for (const int64_t value : *values) {
+      STD_TORCH_CHECK(value >= least && value < int64_t{1} << 31, op, ": ", name, " holds ", value,
+                      "; accepted are integers from ", least, " below 2^31");
+    }
+  }
+  std::vector<int64_t> expected{self.size(0), x.size(0), self.size(2)};
+  for (int64_t a = 0; a < axes; ++a) {
+    const int64_t room = x.size(2 + a) + 2 * o.padding[a] - o.dilation[a] * (o.kernel[a] - 1) - 1;
+    STD_TORCH_CHECK(room >= 0, op, ": the kernel spans ", o.dilation[a] * (o.kernel[a] - 1) + 1, " places of axis ", a,
+                    ", but the padded image has ", x.size(2 + a) + 2 * o.padding[a]);
+    expected.push_back(room / o.stride[a] + 1);
+  }
+  check_shape(op, "self", self, expected);
+  check_draw(op, state, self.size(0), o.first, o.distribution);
+  check_range(op, self.size(2) * x.size(1) * o.kernel_size(), o.offset);
 }
 
 }  // namespace frog

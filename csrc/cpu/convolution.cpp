@@ -75,7 +75,51 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
   return {y, dy};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) { m.impl("convolution_jvp", TORCH_BOX(&convolution_jvp)); }
+// The library's convolution with one tangent of the weight at a time, drawn and dropped again. A product of all k with
+// the unfolded input, which they would share, was measured to be no faster (docs/performance.md).
+void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, std::vector<int64_t> kernel,
+                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                          int64_t offset, int64_t first, int64_t distribution, bool add) {
+  const char* op = "sampled_convolution_";
+  const SampledConvolutionOptions o{kernel, stride, padding, dilation, offset, first, distribution};
+  check_cpu(op, "self", self);
+  check_cpu(op, "x", x_);
+  check_cpu(op, "state", state);
+  check_sampled_convolution(op, self, x_, state, o);
+  const Tensor x = torch::stable::contiguous(x_);
+  const int64_t k = self.size(0), outputs = self.size(2), weights = outputs * x.size(1) * o.kernel_size();
+  draw_spec(op, state, k, first, distribution);  // raises before anything is written
+  std::vector<int64_t> shape{outputs, x.size(1)};
+  shape.insert(shape.end(), kernel.begin(), kernel.end());
+  Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
+  const Options options{stride, padding, dilation, false, std::vector<int64_t>(kernel.size(), 0), 1};
+  for (int64_t i = 0; i < k; ++i) {
+    std::array<StableIValue, 7> stack{detail::box(state),          detail::box(int64_t{1}), detail::box(weights),
+                                      detail::box(offset),         detail::box(first + i),  detail::box(distribution),
+                                      detail::box(x.scalar_type())};
+    const Tensor v = detail::call_for_tensor("frog_cuda::sample_tangents", "", stack.data());
+    const Tensor moved = convolve(x, torch::stable::view(v, shape), options);  // [B, O, *]
+    dispatch_floating(op, x.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      using C = typename ComputeOf<T>::type;
+      T* to = static_cast<T*>(target.mutable_data_ptr()) + i * moved.numel();
+      const T* from = static_cast<const T*>(moved.const_data_ptr());
+      torch::stable::parallel_for(0, moved.numel(), kWork, [&](int64_t a, int64_t b) {
+        if (!add) {
+          std::copy(from + a, from + b, to + a);
+          return;
+        }
+        for (int64_t j = a; j < b; ++j) to[j] = static_cast<T>(static_cast<C>(to[j]) + static_cast<C>(from[j]));
+      });
+    });
+  }
+  if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
+  m.impl("convolution_jvp", TORCH_BOX(&convolution_jvp));
+  m.impl("sampled_convolution_", TORCH_BOX(&sampled_convolution_));
+}
 
 }  // namespace
 }  // namespace frog

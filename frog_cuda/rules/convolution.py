@@ -1,8 +1,9 @@
 """Convolution of any kind: bilinear, so k folds into the batch for tangents of the input.
 
-Tangents of the weight take one library call each; sampled ones are drawn one at a time and dropped again. A matrix product of
-all k with the unfolded input, which they would share, stores them all and the unfolded input, and was measured to take 5 to 70
-percent longer for kernels of 3x3 on the CPU; only for 1x1 it takes an eighth less (benchmarks/bench_conv.py, k = 4).
+Supplied tangents of the weight take one library call each, and so do sampled ones of transposed and grouped convolutions, which
+are drawn one at a time and dropped again. Other sampled ones are the compiled operator's: on a GPU one kernel for all k, on the
+CPU one library call each. There, a matrix product of all k with the unfolded input, which they would share, stores them all and
+the unfolded input, and was measured to be no faster (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..dual import DualTensor, aten, draw, primal_of, rule
+from ..dual import DualTensor, SampledTangents, aten, draw, primal_of, rule
 from ..low_rank import Factors
 from ..one_place import OnePlace, one_place
 from .helpers import FUSED_DTYPES, common_k, low_dtype, parts, wrap
 
 _aten = torch.ops.aten
 _convolution_jvp = torch.ops.frog_cuda.convolution_jvp.default
+_sampled_convolution_ = torch.ops.frog_cuda.sampled_convolution_.default
 _linear_jvp = torch.ops.frog_cuda.linear_jvp.default
 _IDENTITY = ops.POINTWISE["identity"]
 
@@ -74,7 +76,12 @@ def convolution(
         out = func(x, w, b, *options)
     if dx is not None and moved is None:
         moved = func(dx.flatten(0, 1), w.to(dx.dtype), None, *options).unflatten(0, (k, x.shape[0]))
-    if sampled is not None or dw is not None:
+    if isinstance(sampled, SampledTangents) and groups == 1 and not transposed and _fits(x, w, sampled, moved):
+        add = moved is not None
+        if moved is None:
+            moved = torch.empty((k, *out.shape), dtype=sampled.dtype or w.dtype, device=out.device)
+        _add_sampled(moved, x, w, sampled, (stride, padding, dilation), add)
+    elif sampled is not None or dw is not None:
         for i in range(k):
             v = draw(w, sampled, i, 1)[0] if sampled is not None else dw[i]  # type: ignore[index]
             product = func(x.to(v.dtype), v, None, *options)
@@ -130,6 +137,23 @@ def _as_product(
         moved[i] += product
     shape = (*out.shape, *(1,) * (w.dim() - 2))
     return wrap(out.view(shape), None if moved is None else moved.view(k, *shape), low)
+
+
+def _fits(x: Tensor, w: Tensor, sampled: SampledTangents, moved: Tensor | None) -> bool:
+    """Whether the compiled operator takes these tangents of a weight."""
+    dtype = sampled.dtype or w.dtype
+    return dtype in FUSED_DTYPES and x.dim() > 2 and (moved is None or moved.dtype == dtype)
+
+
+def _add_sampled(moved: Tensor, x: Tensor, w: Tensor, sampled: SampledTangents, places: tuple[Any, ...], add: bool) -> None:
+    """Products with all k sampled tangents of the weight, into ``moved`` (k, B, O, *)."""
+    if sampled.touched is not None:
+        sampled.touched.add(sampled.offset)
+    kernel = list(w.shape[2:])
+    stride, padding, dilation = (list(p) * (len(kernel) if len(p) == 1 else 1) for p in places)
+    code = ops.DISTRIBUTIONS[sampled.distribution]
+    where = (kernel, stride, padding, dilation, sampled.offset, sampled.first, code)
+    _sampled_convolution_(moved, x.to(moved.dtype), sampled.state, *where, add)
 
 
 def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, options: tuple[Any, ...]) -> Any:

@@ -34,6 +34,15 @@ struct RowParts<float> {
 
 // ---- x in parts
 
+/// An element of x as parts that add up to it; of infinity and NaN the first part alone.
+__device__ __forceinline__ void split_row(float value, bf16 (&parts)[RowParts<float>::kParts]) {
+  TangentParts<float, kNormal>::split(value, parts);
+  const bool finite = (float_bits(value) & 0x7F800000u) != 0x7F800000u;
+  if (value != value) parts[0] = {0x7FC0};  // a NaN whose upper bits are all 0 would look like infinity
+#pragma unroll
+  for (int p = 1; p < RowParts<float>::kParts; ++p) parts[p] = finite ? parts[p] : bf16{0};
+}
+
 template <class T>
 __global__ void pack_rows_kernel(const T* __restrict__ x, int64_t rows, int64_t in, int64_t ld,
                                  typename RowParts<T>::E* __restrict__ packed) {
@@ -51,12 +60,9 @@ __global__ void pack_rows_kernel(const T* __restrict__ x, int64_t rows, int64_t 
       parts[0].at[j] = value;
     } else {
       E split[kParts];
-      TangentParts<T, kNormal>::split(value, split);
-      const bool finite = (float_bits(value) & 0x7F800000u) != 0x7F800000u;
-      // of infinity and NaN the first part alone; a NaN whose upper bits are all 0 would look like infinity
-      if (value != value) split[0] = {0x7FC0};
+      split_row(value, split);
 #pragma unroll
-      for (int p = 0; p < kParts; ++p) parts[p].at[j] = p == 0 || finite ? split[p] : E{0};
+      for (int p = 0; p < kParts; ++p) parts[p].at[j] = split[p];
     }
   }
 #pragma unroll
@@ -381,12 +387,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) sampled_product
 
 /// Columns of a block: all of them where rows, outputs and tangents give enough blocks, else so few that there are
 /// about kEnoughBlocks. The same on every device, so that sums are.
-template <class T>
+template <class T, class Shapes = Tiles<T>>
 int64_t split_columns(int64_t rows, int64_t in, int64_t out, int64_t k, int64_t distribution) {
   constexpr int64_t kEnoughBlocks = 128;
   const int64_t unit = distribution == kRademacher ? kSignColumns : 4 * kChunk;  // whole calls, and work for each block
-  using Few = typename Tiles<T>::Few;
-  using Many = typename Tiles<T>::Many;
+  using Few = typename Shapes::Few;
+  using Many = typename Shapes::Many;
   const int64_t blocks = k * (rows > kFewRows ? ceil_div(rows, Many::kRows) * ceil_div(out, Many::kColumns)
                                               : ceil_div(rows, Few::kRows) * ceil_div(out, Few::kColumns));
   const int64_t splits =

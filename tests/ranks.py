@@ -18,10 +18,17 @@ Case = Callable[[], None]
 
 
 def outcomes(world: int, cases: Sequence[Case]) -> dict[str, str]:
-    """Runs the cases one after the other in ``world`` processes. By name of the case: "" or the tracebacks of its ranks."""
+    """Runs the cases one after the other in ``world`` processes, up to the first one that fails: ranks that raised may wait for
+    others in another place than these wait for them. By name of the case: "", the tracebacks of its ranks, or why it did not
+    run."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (world, list(cases), folder), nprocs=world, start_method="spawn")
-        texts = {case.__name__: "" for case in cases}
+        end = ""
+        try:
+            mp.start_processes(_rank, (world, list(cases), folder), nprocs=world, start_method="spawn")
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            end = f"a process ended early: {error}"
+        done = {path.stem for path in Path(folder).glob("*.done")}
+        texts = {case.__name__: "" if case.__name__ in done else end for case in cases}
         for path in sorted(Path(folder).glob("*.failed")):
             texts[path.name.split(".")[0]] += path.read_text()
         return texts
@@ -38,5 +45,8 @@ def _rank(rank: int, world: int, cases: list[Case], folder: str) -> None:
             case()
         except Exception:
             Path(folder, f"{case.__name__}.{rank}.failed").write_text(f"rank {rank}:\n{traceback.format_exc()}\n")
+            raise
         dist.barrier()
+        if rank == 0:
+            Path(folder, f"{case.__name__}.done").touch()
     dist.destroy_process_group()

@@ -101,9 +101,9 @@ def test_convolutions_with_one_place(size, taps, stride, padding, dilation):
 def test_one_place_where_it_pays():
     """Gathering a part of the kernel takes longer than the library's way for few images."""
     w = draw(4, 3, 3, 3)
-    assert one_place((1, 1), w, [1], [1], [1], rows=2) is not None
-    assert one_place((2, 2), w, [2], [1], [1], rows=2) is None
-    assert one_place((2, 2), w, [2], [1], [1], rows=160) is not None
+    assert one_place((1, 1), w, [1], [1], [1], images=2) is not None
+    assert one_place((2, 2), w, [2], [1], [1], images=2) is None
+    assert one_place((2, 2), w, [2], [1], [1], images=32) is not None
 
 
 def test_low_precision_tangents_with_one_place():

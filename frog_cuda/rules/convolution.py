@@ -66,7 +66,7 @@ def convolution(
         return NotImplemented
     options = (stride, padding, dilation, transposed, output_padding, groups)
     low = low_dtype(input, weight, bias)
-    place = None if transposed or groups != 1 else _one_place(k, x, w, b, low, stride, padding, dilation)
+    place = None if transposed or groups != 1 else _one_place(x, w, b, low, stride, padding, dilation)
     if place is not None:
         return _as_product(place, k, x, dx, w, dw, sampled, b, db, low)
     moved = None
@@ -97,15 +97,15 @@ def convolution(
 
 
 def _one_place(
-    k: int, x: Tensor, w: Tensor, b: Tensor | None, low: torch.dtype | None, stride: Any, padding: Any, dilation: Any
+    x: Tensor, w: Tensor, b: Tensor | None, low: torch.dtype | None, stride: Any, padding: Any, dilation: Any
 ) -> OnePlace | None:
     if not x.is_cpu or x.dtype not in FUSED_DTYPES or any(t is not None and t.dtype != x.dtype for t in (w, b)):
         return None
     if x.shape[1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
         return None  # PyTorch's own error
     # The library's products in bfloat16 lose more than gathering the matrix costs, however few rows there are
-    rows = {} if low is not None else {"rows": (1 + k) * x.shape[0]}
-    return one_place(x.shape[2:], w, stride, padding, dilation, **rows)
+    images = {} if low is not None else {"images": x.shape[0]}
+    return one_place(x.shape[2:], w, stride, padding, dilation, **images)
 
 
 def _as_product(

@@ -39,6 +39,9 @@ Perturb = Callable[["Segment", Tensor], Tensor]
 _WORTH_A_COPY = 1 << 20
 #: elements of tangents whose Gram matrices are computed at a time
 _GRAM_BLOCK = 1 << 17
+#: elements up to which the tangents of all layers are drawn in one call. A layer's part of more than one tangent is not
+#: contiguous, and operators copy it: for few elements less work than calls and Gram matrices layer by layer.
+_DRAWN_AT_ONCE = 1 << 20
 
 
 class _EverythingSeen(BaseException):
@@ -144,12 +147,15 @@ class ActivityPerturbation:
         return self.finish(tangents, aggregate, loss, value.dim() == 1, moved, correct_length, share)
 
     def _drawn_ahead(self, step: Step) -> Tensor | None:
-        """Shared tangents of all layers in one call, (k, n), where an earlier pass tells how long they are together; that they
+        """Shared tangents of all layers in one call, (k, n), where an earlier pass tells that they are few together; that they
         are other layers' now does not matter, as an element depends on its place alone."""
         tangents = step.tangents
         if not (self.shared and self._pieces) or tangents.stored is not None or isinstance(tangents.distribution, LowRank):
             return None
-        everything = Piece("", (self._pieces[-1].offset + self._pieces[-1].numel,), 0)
+        n = self._pieces[-1].offset + self._pieces[-1].numel
+        if tangents.k * n > _DRAWN_AT_ONCE:
+            return None
+        everything = Piece("", (n,), 0)
         return tangents.draw(everything, step.tangent_dtype or next(iter(self.parameters.values())).dtype)
 
     def _pass(

@@ -446,8 +446,8 @@ def _blocks(segment: Segment, k: int) -> Iterator[slice]:
 
 
 def _grams(v: Tensor) -> Tensor:
-    """Gram matrices, float64 (B, k, k), of the samples of v (k, B, *m)."""
-    rows = flat(v, 2).transpose(0, 1).double()
+    """Gram matrices, float64 (B, k, k), of the samples of v (k, B, *m): a part of a larger tensor or not, the same bits."""
+    rows = flat(v, 2).transpose(0, 1).to(torch.float64, memory_format=torch.contiguous_format).contiguous()
     return rows @ rows.mT
 
 

@@ -42,11 +42,13 @@ def attention(
     ):
         _check(q, kk, v, parts(attn_mask)[0], dropout_p)
         return _step_by_step(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = attn_mask
+    if q.dim() == 4:
+        return _make(*_attention_jvp(q, dq, kk, dk, v, dv, mask, is_causal, factor), k)
     shape = (*q.shape[:-1], v.shape[-1])
     q, kk, v = (t.reshape(_four(t.shape)) for t in (q, kk, v))
     dq, dk, dv = (None if t is None else t.reshape(k, *_four(t.shape[1:])) for t in (dq, dk, dv))
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    mask = attn_mask
     if mask is not None and len(shape) == 3 and mask.dim() == 3:
         mask = mask.unsqueeze(1)
     out, dout = _attention_jvp(q, dq, kk, dk, v, dv, mask, is_causal, factor)
@@ -64,15 +66,16 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Any, enable_gqa: bool) -> bool:
     """Whether the operator takes these shapes and dtypes; PyTorch decides (and words its errors) about all others."""
     if not (q.dtype == k.dtype == v.dtype and q.dtype in FUSED_DTYPES and q.dim() == k.dim() == v.dim() >= 2):
         return False
-    if q.shape[:-3] != k.shape[:-3] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    if of_q[:-3] != of_k[:-3] or of_k[:-1] != of_v[:-1] or of_q[-1] != of_k[-1] or of_q[-1] == 0:
         return False
-    if q.dim() >= 3:
-        heads, shared = q.shape[-3], k.shape[-3]
-        if heads != shared and (not enable_gqa or q.dim() < 4 or shared == 0 or heads % shared):
+    if len(of_q) >= 3:
+        heads, shared = of_q[-3], of_k[-3]
+        if heads != shared and (not enable_gqa or len(of_q) < 4 or shared == 0 or heads % shared):
             return False
     if mask is None:
         return True
-    full = (*q.shape[:-1], k.shape[-2])
+    full = (*of_q[:-1], of_k[-2])
     if mask.dtype not in (torch.bool, q.dtype) or mask.dim() > len(full) or (q.dim() > 4 and mask.dim() > 3):
         return False
     return all(m in (1, f) for m, f in zip(reversed(mask.shape), reversed(full), strict=False))

@@ -28,10 +28,10 @@ def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str, count: Any = N
     """loss (*), dloss (k, *) -> the asked reduction; the mean divides by ``count``, which defaults to the number of losses."""
     if reduction == "none":
         return _make(loss, dloss, k)
-    value, tangents = loss.sum(), dloss.reshape(k, -1).sum(1)
+    value, tangents = loss.sum(), (dloss if dloss.dim() == 2 else dloss.reshape(k, -1)).sum(1)
     if reduction == "mean":
         count = loss.numel() if count is None else count
-        value, tangents = value / count, tangents / count
+        value, tangents = value.div_(count), tangents.div_(count)
     return _make(value, tangents, k)
 
 
@@ -60,14 +60,15 @@ def cross_entropy(
         or reduction not in ("none", "mean", "sum")
     ):
         return NotImplemented
-    k, shape = input.k, target.shape
-    if logits.dim() == 1:
-        logits, tangents = logits.unsqueeze(0), tangents.unsqueeze(1)
-    elif logits.dim() > 2:
-        classes = logits.shape[1]
-        logits = logits.movedim(1, -1).reshape(-1, classes)
-        tangents = tangents.movedim(2, -1).reshape(k, -1, classes)
-    flat = target.reshape(-1)
+    k, shape, flat = input.k, target.shape, target
+    if logits.dim() != 2:
+        flat = target.reshape(-1)
+        if logits.dim() == 1:
+            logits, tangents = logits.unsqueeze(0), tangents.unsqueeze(1)
+        else:
+            classes = logits.shape[1]
+            logits = logits.movedim(1, -1).reshape(-1, classes)
+            tangents = tangents.movedim(2, -1).reshape(k, -1, classes)
     loss, dloss = _cross_entropy_jvp(logits, tangents, flat, weight, ignore_index, label_smoothing)
     count = None
     if reduction == "mean":
@@ -76,7 +77,9 @@ def cross_entropy(
             count = kept.sum()
         else:
             count = (weight[torch.where(kept, flat, 0)] * kept).sum()
-    return _reduced(loss.view(shape), dloss.view(k, *shape), k, reduction, count)
+    if reduction == "none" and len(shape) != 1:
+        loss, dloss = loss.view(shape), dloss.view(k, *shape)
+    return _reduced(loss, dloss, k, reduction, count)
 
 
 @rule(F.mse_loss)

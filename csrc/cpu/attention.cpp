@@ -1,8 +1,9 @@
 // attention_jvp: out = softmax(scale Q K^T + mask) V and its k tangents, blocked, with online softmax. T x T is never
-// in memory: extra memory is that of K and V and their tangents (packed), plus a few hundred KiB for each thread. Short
-// sequences are packed head by head, in cache. Inputs are read as they are strided, so that queries, keys and values
-// cut from one projection need no copy; results lie in memory as [B, L, H, Dv], which a layer that joins the heads
-// again views as rows, and out and dout are neighbours where they have one dtype.
+// in memory: extra memory is that of K and V and their tangents (packed) of as many heads as keep the threads busy,
+// plus a few hundred KiB for each thread. Short sequences are packed in cache, each head by the thread that needs it.
+// Inputs are read as they are strided, so that queries, keys and values cut from one projection need no copy; results
+// lie in memory as [B, L, H, Dv], which a layer that joins the heads again views as rows, and out and dout are
+// neighbours where they have one dtype.
 //
 // With p_ij = exp(s_ij - max_i), l_i = sum_j p_ij and the score tangents ds = scale (dQ K^T + Q dK^T):
 //   out_i  = (sum_j p_ij v_j) / l_i
@@ -28,6 +29,7 @@ constexpr int64_t kMostRows = 48;            // query rows in a block
 constexpr int64_t kBlockBytes = 512 * 1024;  // what a block of queries may take of the second-level cache
 constexpr int64_t kPairBytes = 2 << 20;      // packed keys and values of a head that a thread may hold for itself
 constexpr int64_t kFewestPairs = 8;          // heads that keep all threads busy
+constexpr int64_t kBlocksPerThread = 8;      // blocks of queries that share the threads evenly enough
 
 template <class T>
 struct Simd;
@@ -300,20 +302,27 @@ void run(const Problem<T>& p) {
     });
     return;
   }
-  Packed<T> packed(p, pairs);
-  torch::stable::parallel_for(0, packed.sets() * pairs, 1, [&](int64_t from, int64_t to) {
-    for (int64_t item = from; item < to; ++item) {
-      const int64_t pair = item % pairs;
-      packed.pack_set(p, pair / p.kv_heads, pair % p.kv_heads, item / pairs, pair);
-    }
-  });
-  torch::stable::parallel_for(0, p.batch * p.heads * blocks, 1, [&](int64_t from, int64_t to) {
-    Workspace<T> workspace(1 + p.k, rows, p.depth, p.block(), v.padded);
-    for (int64_t item = from; item < to; ++item) {
-      const int64_t head = item / blocks, b = head / p.heads, h = head % p.heads, q0 = item % blocks * rows;
-      attend_block(p, packed, b * p.kv_heads + h / shared, workspace, b, h, q0, std::min(rows, p.queries - q0));
-    }
-  });
+  // Heads packed at a time: one, or as many as give the threads enough to do.
+  const int64_t wanted = kBlocksPerThread * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t most = std::min(pairs, ceil_div(wanted, shared * blocks));
+  Packed<T> packed(p, most);
+  for (int64_t begin = 0; begin < pairs; begin += most) {
+    const int64_t count = std::min(most, pairs - begin);
+    torch::stable::parallel_for(0, packed.sets() * count, 1, [&](int64_t from, int64_t to) {
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t pair = begin + item % count;
+        packed.pack_set(p, pair / p.kv_heads, pair % p.kv_heads, item / count, item % count);
+      }
+    });
+    torch::stable::parallel_for(0, count * shared * blocks, 1, [&](int64_t from, int64_t to) {
+      Workspace<T> workspace(1 + p.k, rows, p.depth, p.block(), v.padded);
+      for (int64_t item = from; item < to; ++item) {
+        const int64_t at = item / (shared * blocks), pair = begin + at, q0 = item % blocks * rows;
+        const int64_t h = pair % p.kv_heads * shared + item / blocks % shared;
+        attend_block(p, packed, at, workspace, pair / p.kv_heads, h, q0, std::min(rows, p.queries - q0));
+      }
+    });
+  }
 }
 
 // In the compute type, or bfloat16 as it is where that is float; its last axis dense.

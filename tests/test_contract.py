@@ -60,7 +60,7 @@ def missing(namespace: str) -> list[str]:
         if not callable(getattr(reference, name, None)):
             lacks.append(f"{name}: function in frog_cuda/reference.py")
         if not callable(getattr(ops, name, None)):
-            lacks.append(f"{name}: function in frog_cuda/ops.py")
+            lacks.append(f"{name}: function in frog_cuda/ops")
         if name not in by_stem:
             lacks.append(f"{name}: registration in csrc/cpu")
         elif not (ROOT / "tests" / f"test_{by_stem[name]}.py").exists():

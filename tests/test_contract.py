@@ -58,7 +58,7 @@ def missing(namespace: str) -> list[str]:
             if not torch._C._dispatch_has_kernel_for_dispatch_key(full, key):
                 lacks.append(f"{name}: {what}")
         if not callable(getattr(reference, name, None)):
-            lacks.append(f"{name}: function in frog_cuda/reference.py")
+            lacks.append(f"{name}: function in frog_cuda/reference")
         if not callable(getattr(ops, name, None)):
             lacks.append(f"{name}: function in frog_cuda/ops")
         if name not in by_stem:

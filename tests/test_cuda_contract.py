@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_contract import SAMPLES, direct, schemas, stems, unstable_symbols
+from operator_samples import SAMPLES, direct, schemas
+from test_contract import stems, unstable_symbols
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import relative_error
-from test_contract import SAMPLES, direct, schemas
+from operator_samples import SAMPLES, direct, schemas
 from test_cuda_contract import OTHER_STRIDES
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map

@@ -5,7 +5,7 @@
 
 namespace frog {
 
-/// Checks a code of POINTWISE in frog_cuda/ops.py and its parameters.
+/// Checks a code of POINTWISE in frog_cuda/ops/pointwise.py and its parameters.
 inline void check_function(const char* op, int64_t function, double alpha, double beta) {
   constexpr int64_t kFunctions = 11, kLast = kFunctions - 1;  // the last one is hardtanh
   STD_TORCH_CHECK(function >= 0 && function < kFunctions, op, ": function is ", function, "; accepted are 0 to ",

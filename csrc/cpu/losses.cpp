@@ -9,7 +9,7 @@
 namespace frog {
 namespace {
 
-// code of softplus in POINTWISE of frog_cuda/ops.py
+// code of softplus in POINTWISE of frog_cuda/ops/pointwise.py
 constexpr int64_t kSoftplus = 7;
 
 // ---- cross entropy

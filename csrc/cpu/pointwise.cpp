@@ -10,7 +10,7 @@ namespace {
 
 constexpr const char* kOp = "pointwise_jvp";
 
-// codes as in POINTWISE of frog_cuda/ops.py
+// codes as in POINTWISE of frog_cuda/ops/pointwise.py
 constexpr int64_t kRelu = 1, kHardtanh = 10;
 
 template <class C>

@@ -25,7 +25,7 @@ struct DrawSpec {
 // Kernels of the pointwise family, softmax and losses, for T = float or double.
 template <class T>
 struct MathKernels {
-  // y[j] = f(x[j]) and slope[j] = f'(x[j]); function as in POINTWISE of frog_cuda/ops.py; y may be x
+  // y[j] = f(x[j]) and slope[j] = f'(x[j]); function as in POINTWISE of frog_cuda/ops/pointwise.py; y may be x
   void (*activate)(int64_t function, T alpha, T beta, const T* x, int64_t n, T* y, T* slope);
   // dy[j] = slope[j] (dx[j] + v[j]), where one of dx and v may be null and dy may be either
   void (*apply_slope)(const T* slope, const T* dx, const T* v, int64_t n, T* dy);

@@ -7,7 +7,7 @@
 
 namespace frog {
 
-/// Codes of POINTWISE in frog_cuda/ops.py, and what alpha (a) and beta (b) mean.
+/// Codes of POINTWISE in frog_cuda/ops/pointwise.py, and what alpha (a) and beta (b) mean.
 enum Activation : int {
   kIdentity = 0,
   kRelu = 1,

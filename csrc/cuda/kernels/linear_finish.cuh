@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
 }
 
-/// S: the type that tangents are computed in. function, alpha and beta as in POINTWISE of frog_cuda/ops.py.
+/// S: the type that tangents are computed in. function, alpha and beta as in POINTWISE of frog_cuda/ops/pointwise.py.
 template <class T, class S>
 void launch_activate_rows(T* y, const T* bias, int64_t rows, int64_t out, int64_t function, double alpha, double beta,
                           S* slope, cudaStream_t stream) {

@@ -1,0 +1,67 @@
+"""The Python face of every compiled operator: argument checks, names instead of codes, guards against silent loss of tangents.
+
+Tangents are explicit arguments and results; ``k`` is always their leading axis. No operator records autograd. A
+``torch.autograd.forward_ad`` dual or a functorch-wrapped tensor (inside ``torch.func.jvp``, ``grad`` or ``vmap``) is refused:
+PyTorch would drop its tangent without a word.
+
+Each function here has a float64 twin of the same name and signature in :mod:`frog_cuda.reference`. A module for each file of
+kernels in csrc/cpu, named as that.
+"""
+
+from __future__ import annotations
+
+from .. import _autograd, _load
+from .attention import attention_jvp
+from .convolution import convolution_jvp, sampled_convolution_
+from .embedding import embedding_jvp
+from .linear import linear_gradient, linear_jvp
+from .losses import bce_jvp, cross_entropy_jvp, mse_jvp
+from .normalization import normalization_jvp
+from .pointwise import POINTWISE, pointwise_jvp
+from .pooling import max_pool_jvp
+from .projection import cholesky_project
+from .softmax import log_softmax_jvp, softmax_jvp
+from .sum import tangent_sum
+from .tangents import (
+    DISTRIBUTIONS,
+    gram,
+    sample_tangents,
+    tangent_axpy_,
+    tangent_combine,
+    tangent_combine_samples,
+    tangent_gram,
+    tangent_sgd_,
+)
+
+_load.load()
+from .. import _fakes  # noqa: E402, F401  # needs the schemas
+
+_above_autograd = _autograd.register("frog_cuda")
+
+__all__ = [
+    "DISTRIBUTIONS",
+    "POINTWISE",
+    "attention_jvp",
+    "bce_jvp",
+    "cholesky_project",
+    "convolution_jvp",
+    "cross_entropy_jvp",
+    "embedding_jvp",
+    "gram",
+    "linear_gradient",
+    "linear_jvp",
+    "log_softmax_jvp",
+    "max_pool_jvp",
+    "mse_jvp",
+    "normalization_jvp",
+    "pointwise_jvp",
+    "sample_tangents",
+    "sampled_convolution_",
+    "softmax_jvp",
+    "tangent_axpy_",
+    "tangent_combine",
+    "tangent_combine_samples",
+    "tangent_gram",
+    "tangent_sgd_",
+    "tangent_sum",
+]

@@ -1,0 +1,70 @@
+"""Convolutions: value and k tangents, and sampled tangents of a weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+from torch.autograd.graph import increment_version
+
+from .helpers import _code, _guard, _ops
+from .tangents import DISTRIBUTIONS
+
+
+def convolution_jvp(
+    x: Tensor,
+    dx: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool = False,
+    output_padding: list[int],
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """A convolution of ``x`` and of k tangents of ``x``, by the library, in one call where they are neighbours in memory.
+
+    Arguments:
+        x: ``(B, C, *s)``, s of one to three axes.  dx: ``(k, *x.shape)``, the same dtype.
+        weight, bias, stride, padding, dilation, transposed, output_padding, groups: as in ``torch.ops.aten.convolution``; an
+            integer for each axis of s.
+    Returns:
+        y ``(B, O, *t)``; dy ``(k, B, O, *t)``.
+    """
+    _guard("convolution_jvp", x, dx, weight, bias)
+    with _AutoDispatchBelowAutograd():
+        return _ops.convolution_jvp(x, dx, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+def sampled_convolution_(
+    self: Tensor,
+    x: Tensor,
+    state: Tensor,
+    *,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    offset: int = 0,
+    first: int = 0,
+    distribution: str = "normal",
+    add: bool = True,
+) -> Tensor:
+    """``self[i] += conv(x, dW_i)`` in place, or ``=`` without ``add``, for k sampled tangents of the weight of a convolution.
+
+    The tangents ``(O, C, *kernel)`` are those of :func:`sample_tangents`. On a GPU they are drawn within the kernel, an
+    implicit matrix product that reads x patch by patch; on the CPU one at a time, for the library's convolution.
+
+    Arguments:
+        self: ``(k, B, O, *t)``.  x: ``(B, C, *s)``, s of one to three axes, the same dtype.
+        kernel, stride, padding, dilation: an integer for each axis of s. One group, not transposed.
+        state, offset, first, distribution: as in :func:`sample_tangents`.
+    """
+    _guard("sampled_convolution_", self, x, state)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        _ops.sampled_convolution_(self, x, state, kernel, stride, padding, dilation, offset, first, code, add)
+    if not self.is_inference():
+        increment_version(self)
+    return self

@@ -1,0 +1,84 @@
+"""Linear layers: value and k tangents, and the gradient of a weight."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+
+from .helpers import _code, _guard, _ops
+from .pointwise import POINTWISE
+from .tangents import DISTRIBUTIONS
+
+
+def linear_jvp(
+    x: Tensor,
+    dx: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+    activity: Tensor | None = None,
+    state: Tensor | None = None,
+    k: int,
+    first: int = 0,
+    distribution: str = "normal",
+    weight_offset: int | None = None,
+    bias_offset: int | None = None,
+    activation: str = "identity",
+    alpha: float = 0.0,
+    beta: float = 0.0,
+    want_gram: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y = act(x W^T + b)`` and its k tangents ``dy_i = act'(.) * (dx_i W^T + x dW_i^T + db_i + v_i)``.
+
+    Arguments:
+        x: ``(*, in)``.  dx: ``(k, *, in)`` or None where nothing upstream is perturbed.
+        weight: ``(out, in)``.  bias: ``(out,)`` or None.
+        dweight, dbias: supplied tangents ``(k, out, in)``, ``(k, out)``.
+        activity: an activity tangent added before the activation, ``(k, *s, out)`` with ``s`` a suffix of ``*`` (empty: shared
+            by every row).
+        state, weight_offset, bias_offset, first, distribution: sampled tangents of weight and bias, as in
+            :func:`sample_tangents`; they are drawn block by block in cache and never stored. An offset of None means: that
+            parameter is not sampled.
+        activation, alpha, beta: see :data:`POINTWISE`.
+        want_gram: also return the Gram matrix of the sampled weight and bias tangents.
+    Returns:
+        y ``(*, out)``; dy ``(k, *, out)`` in ``dx``'s dtype where given, else ``x``'s; gram float64 ``(k, k)``, or ``(0, 0)``.
+    """
+    _guard("linear_jvp", x, dx, weight, bias, dweight, dbias, activity)
+    act = _code(POINTWISE, "activation", activation)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        return _ops.linear_jvp(
+            x,
+            dx,
+            weight,
+            bias,
+            dweight,
+            dbias,
+            activity,
+            state,
+            k,
+            first,
+            code,
+            weight_offset,
+            bias_offset,
+            act,
+            alpha,
+            beta,
+            want_gram,
+        )
+
+
+def linear_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """Gradient of a linear layer's weight from that of its output: ``gradient^T x``, summed over the rows.
+
+    Arguments:
+        gradient: ``(rows, out)``.  x: ``(rows, in)``, the same dtype.
+    Returns:
+        ``(out, in)``.
+    """
+    _guard("linear_gradient", gradient, x)
+    with _AutoDispatchBelowAutograd():
+        return _ops.linear_gradient(gradient, x)

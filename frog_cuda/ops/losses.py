@@ -1,0 +1,54 @@
+"""Losses, one for each sample or element."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch._C import _AutoDispatchBelowAutograd
+
+from .helpers import _guard, _ops
+
+
+def cross_entropy_jvp(
+    logits: Tensor,
+    dlogits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Per-sample cross entropy of ``logits`` (B, C) with class indices ``target`` int64 (B,), as ``reduction="none"``.
+
+    Returns:
+        loss ``(B,)``; dloss ``(k, B)``; ignored samples have both exactly 0. What the CPU refuses, a target that is no class,
+        gives NaN on a GPU, which is not waited for.
+    """
+    _guard("cross_entropy_jvp", logits, dlogits, weight)
+    with _AutoDispatchBelowAutograd():
+        return _ops.cross_entropy_jvp(logits, dlogits, target, weight, ignore_index, label_smoothing)
+
+
+def mse_jvp(input: Tensor, dinput: Tensor | None, target: Tensor, dtarget: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Elementwise squared error of same-shaped ``input`` and ``target``; one of dinput and dtarget must be given."""
+    _guard("mse_jvp", input, dinput, target, dtarget)
+    with _AutoDispatchBelowAutograd():
+        return _ops.mse_jvp(input, dinput, target, dtarget)
+
+
+def bce_jvp(
+    input: Tensor,
+    dinput: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    with_logits: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Elementwise binary cross entropy, ``reduction="none"``; weight and pos_weight broadcast against ``input``.
+
+    Without logits, logarithms are clamped at -100 as in :func:`torch.nn.functional.binary_cross_entropy`. What the CPU refuses,
+    an input outside [0, 1], gives NaN on a GPU, which is not waited for.
+    """
+    _guard("bce_jvp", input, dinput, target, weight, pos_weight)
+    with _AutoDispatchBelowAutograd():
+        return _ops.bce_jvp(input, dinput, target, weight, pos_weight, with_logits)

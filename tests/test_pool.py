@@ -21,27 +21,61 @@ def result(n: int, step: int) -> torch.Tensor:
 
 
 def test_memory_comes_back_and_is_aligned():
-    """In a fresh process, where nothing else waits."""
     code = f"""
-import torch
-from frog_cuda import ops
-result = lambda: ops.sample_tangents(torch.tensor([1, 2]), 1, {LARGE})
-a = result()
+a = result({LARGE})
 address = a.data_ptr()
 del a
-b = result()
-c = result()  # while b is alive
+b = result({LARGE})
+c = result({LARGE})  # while b is alive
 print(address % 64 == 0, b.data_ptr() == address, c.data_ptr() == address)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["True", "True", "False"]
+    assert run(code) == ["True", "True", "False"]
+
+
+def run(code: str) -> list[str]:
+    """Words that the code prints in a fresh process, where nothing else waits."""
+    start = """
+import torch
+from frog_cuda import ops
+def result(n): return ops.sample_tangents(torch.tensor([1, 2]), 1, n)
+"""
+    return subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_small_results_share_the_place_of_a_large_one():
+    code = f"""
+whole = result(3 * {LARGE})
+start = whole.data_ptr()
+del whole
+parts = [result({LARGE}) for _ in range(3)]
+print(*(part.data_ptr() - start for part in parts))
+del parts[1], parts[1], parts[0]  # neighbours on both sides, in another order than they were taken
+print(result(3 * {LARGE}).data_ptr() - start)
+"""
+    assert run(code) == [str(4 * LARGE * i) for i in range(3)] + ["0"]
+
+
+def test_what_waits_makes_room_for_what_is_larger():
+    """Each result is freed before the next, twice as large, is made: memory is that of the last, not of all."""
+    code = """
+from pathlib import Path
+def most():
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
+result(1 << 15)
+before = most()
+for doubled in range(19, 25):
+    result(1 << doubled)  # 2 to 64 MiB
+print(most() - before)
+"""
+    grown = int(run(code)[0]) / 1024
+    assert 60 < grown < 64 + 64 / 8 + 4 + 4
 
 
 def test_what_is_alive_is_never_overwritten():
     rng = random.Random(0)
     alive: list[tuple[torch.Tensor, torch.Tensor]] = []
     for step in range(300):
-        kept = result(LARGE + rng.randrange(4000), step)
+        kept = result(LARGE + rng.randrange(4000) * (1 if step % 3 else 100), step)
         alive.append((kept, kept.clone()))
         if len(alive) > 8:
             alive.pop(rng.randrange(len(alive)))

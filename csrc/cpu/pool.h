@@ -1,7 +1,9 @@
 // Result memory that is used again. A pass makes and drops the same tensors step after step; the C library hands memory
 // of this size back to the system and gets it anew, page by page, which was measured to cost 30 % of an
-// activity-perturbed gradient of a 784-256-256-10 net. So blocks that are freed wait here for the next result of about
-// their size.
+// activity-perturbed gradient of a 784-256-256-10 net. So what is freed waits here for the next result.
+//
+// Memory comes from the C library in segments, each as large as the result it was made for. A smaller result takes a
+// piece of a free one, and neighbours that are free grow together again: what a wide layer has left serves narrow ones.
 #pragma once
 
 #include <unistd.h>
@@ -17,6 +19,19 @@ namespace frog {
 class Pool {
  public:
   static constexpr size_t kSmallest = size_t{64} << 10;  // bytes; what is smaller the C library keeps by itself
+  static constexpr size_t kSlack = size_t{4} << 20;      // bytes that a pass may keep beyond what it needs at its most
+
+  // A part of a segment, in use or free.
+  struct Piece {
+    char* data;
+    size_t size;
+    Piece *before = nullptr, *after = nullptr;  // neighbours in the segment
+    bool free = false;
+    size_t age = 0;                                     // of a free piece
+    std::multimap<size_t, Piece*>::iterator waiting{};  // its place among those
+
+    bool whole() const { return before == nullptr && after == nullptr; }
+  };
 
   // Never destroyed: tensors may outlive everything static.
   static Pool& get() {
@@ -24,60 +39,98 @@ class Pool {
     return *pool;
   }
 
-  void* take(size_t bytes, size_t* size) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = free_.lower_bound(bytes);
-      if (found != free_.end() && found->first <= bytes + bytes / 8) {
-        void* block = found->second.block;
-        *size = found->first;
-        forget(found);
-        return block;
-      }
+  Piece* take(size_t bytes) {
+    const size_t size = (std::max(bytes, kSmallest) + 63) / 64 * 64;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = free_.lower_bound(size);
+    Piece* piece = found == free_.end() ? new_segment(size) : found->second;
+    if (piece->free) remove(piece);
+    if (piece->size - size >= kSmallest) {
+      Piece* rest = new Piece{piece->data + size, piece->size - size, piece, piece->after};
+      if (rest->after) rest->after->before = rest;
+      piece->after = rest;
+      piece->size = size;
+      add(rest);
     }
-    *size = (bytes + 63) / 64 * 64;
-    void* block = std::aligned_alloc(64, *size);
-    STD_TORCH_CHECK(block != nullptr, "frog_cuda: cannot allocate ", *size, " bytes");
-    return block;
+    used_ += piece->size;
+    most_used_ = std::max(most_used_, used_);
+    return piece;
   }
 
-  void give(void* block, size_t size) {
+  void give(Piece* piece) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (size > most_kept_) return std::free(block);
-    while (kept_ + size > most_kept_) {
-      const auto oldest = by_age_.begin()->second;
-      std::free(oldest->second.block);
-      forget(oldest);
+    used_ -= piece->size;
+    Piece *before = piece->before, *after = piece->after;
+    if (after && after->free) {
+      remove(after);
+      absorb(piece, after);
     }
-    const auto place = free_.emplace(size, Waiting{block, ++age_});
-    by_age_.emplace(age_, place);
-    kept_ += size;
+    if (before && before->free) {
+      remove(before);
+      absorb(before, piece);
+      piece = before;
+    }
+    add(piece);
+    drop_segments(most_kept_);
   }
 
  private:
-  struct Waiting {
-    void* block;
-    size_t age;
-  };
-  using Blocks = std::multimap<size_t, Waiting>;
-
   Pool() {
     const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
     const size_t memory = pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page) : 0;
     most_kept_ = std::clamp(memory / 16, size_t{128} << 20, size_t{512} << 20);
   }
 
-  void forget(Blocks::iterator place) {
-    kept_ -= place->first;
-    by_age_.erase(place->second.age);
-    free_.erase(place);
+  // No free piece is large enough. Free segments make room for the new one, so that the memory of a pass is hardly more
+  // than what it needs at its most, however sizes follow each other.
+  Piece* new_segment(size_t size) {
+    const size_t needed = used_ + size;
+    const size_t most = std::max(most_used_, needed);
+    drop_segments(most + most / 8 + kSlack - needed);
+    char* data = static_cast<char*>(std::aligned_alloc(64, size));
+    STD_TORCH_CHECK(data != nullptr, "frog_cuda: cannot allocate ", size, " bytes");
+    return new Piece{data, size};
+  }
+
+  // Returns free segments to the C library, the one that waits longest first, until at most `kept` bytes are free.
+  void drop_segments(size_t kept) {
+    while (kept_ > kept && !segments_.empty()) {
+      Piece* piece = segments_.begin()->second;
+      remove(piece);
+      std::free(piece->data);
+      delete piece;
+    }
+  }
+
+  void add(Piece* piece) {
+    piece->free = true;
+    piece->age = ++age_;
+    piece->waiting = free_.emplace(piece->size, piece);
+    if (piece->whole()) segments_.emplace(piece->age, piece);
+    kept_ += piece->size;
+  }
+
+  void remove(Piece* piece) {
+    piece->free = false;
+    free_.erase(piece->waiting);
+    segments_.erase(piece->age);
+    kept_ -= piece->size;
+  }
+
+  // `after` becomes a part of the piece in front of it.
+  static void absorb(Piece* piece, Piece* after) {
+    piece->size += after->size;
+    piece->after = after->after;
+    if (piece->after) piece->after->before = piece;
+    delete after;
   }
 
   std::mutex mutex_;
-  Blocks free_;                                // by size
-  std::map<size_t, Blocks::iterator> by_age_;  // the one that waits longest makes room first
-  size_t kept_ = 0, age_ = 0;
-  size_t most_kept_;  // bytes waiting here at most: a sixteenth of the machine's memory, 128 to 512 MiB
+  std::multimap<size_t, Piece*> free_;  // by size
+  std::map<size_t, Piece*> segments_;   // those that are free as a whole, by age
+  size_t used_ = 0, most_used_ = 0;     // bytes of results, now and at their most
+  size_t kept_ = 0, age_ = 0;           // bytes that wait here
+  size_t most_kept_;                    // a sixteenth of the machine's memory, 128 to 512 MiB
 };
 
 inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes) {
@@ -108,11 +161,10 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
   size_t bytes = element_bytes(dtype);
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
   if (bytes < Pool::kSmallest) return torch::stable::new_empty(like, sizes, dtype);
-  size_t size;
-  void* block = Pool::get().take(bytes, &size);
-  return torch::stable::from_blob(block, sizes, dense_strides(sizes),
+  Pool::Piece* piece = Pool::get().take(bytes);
+  return torch::stable::from_blob(piece->data, sizes, dense_strides(sizes),
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
-                                  [size](void* p) { Pool::get().give(p, size); });
+                                  [piece](void*) { Pool::get().give(piece); });
 }
 
 /// A tensor of its own on part of `owner`'s memory, which it keeps alive. Not a view: y and dy must not look like

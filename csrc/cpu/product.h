@@ -16,16 +16,15 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(Pool::get().take(std::max<int64_t>(1, count) * sizeof(T), &size_)) {}
-  ~Scratch() { Pool::get().give(data_, size_); }
+  explicit Scratch(int64_t count) : piece_(Pool::get().take(std::max<int64_t>(1, count) * sizeof(T))) {}
+  ~Scratch() { Pool::get().give(piece_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* data() { return static_cast<T*>(data_); }
-  const T* data() const { return static_cast<const T*>(data_); }
+  T* data() { return reinterpret_cast<T*>(piece_->data); }
+  const T* data() const { return reinterpret_cast<const T*>(piece_->data); }
 
  private:
-  size_t size_ = 0;
-  void* data_;
+  Pool::Piece* piece_;
 };
 
 // The table's entries by element type.

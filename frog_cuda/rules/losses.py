@@ -35,6 +35,13 @@ def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str, count: Any = N
     return _make(value, tangents, k)
 
 
+def _one_class_each(logits: torch.Size, target: torch.Size) -> bool:
+    """(N, C) and (N,); (C,) and (); or (N, C, d1, ..) and (N, d1, ..)."""
+    if len(logits) == 2:
+        return len(target) == 1 and logits[0] == target[0]
+    return target == (logits[:1] + logits[2:] if len(logits) > 1 else ()) and len(logits) > 0
+
+
 @rule(F.cross_entropy)
 def cross_entropy(
     input: Any,
@@ -55,8 +62,7 @@ def cross_entropy(
         or type(weight) is DualTensor
         or target.dtype != torch.int64
         or logits.dtype not in FUSED_DTYPES
-        or logits.dim() == 0
-        or target.shape != logits.shape[:1] * (logits.dim() > 1) + logits.shape[2:]
+        or not _one_class_each(logits.shape, target.shape)
         or reduction not in ("none", "mean", "sum")
     ):
         return NotImplemented
@@ -74,7 +80,7 @@ def cross_entropy(
     if reduction == "mean":
         kept = flat != ignore_index
         if weight is None:
-            count = kept.sum()
+            count = kept.count_nonzero()
         else:
             count = (weight[torch.where(kept, flat, 0)] * kept).sum()
     if reduction == "none" and len(shape) != 1:

@@ -45,7 +45,8 @@ def attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     mask = attn_mask
     if q.dim() == 4:
-        return _make(*_attention_jvp(q, dq, kk, dk, v, dv, mask, is_causal, factor), k)
+        out, dout = _attention_jvp(q, dq, kk, dk, v, dv, mask, is_causal, factor)
+        return _make(out, dout, k)
     shape = (*q.shape[:-1], v.shape[-1])
     q, kk, v = (t.reshape(_four(t.shape)) for t in (q, kk, v))
     dq, dk, dv = (None if t is None else t.reshape(k, *_four(t.shape[1:])) for t in (dq, dk, dv))

@@ -78,6 +78,8 @@ def one_place(
     if not 0 < len(shape) == weight.dim() - 2:
         return None
     axes = len(shape)
+    if any(len(v) not in (1, axes) for v in (stride, padding, dilation)):
+        return None  # PyTorch's own error
     stride, padding, dilation = (list(v) * axes if len(v) == 1 else list(v) for v in (stride, padding, dilation))
     kernel, image = [], []
     for size, taps, step, pad, spread in zip(shape, weight.shape[2:], stride, padding, dilation, strict=True):

@@ -166,7 +166,8 @@ class WeightPerturbation:
                 yield piece.name, tangents.combine(piece, estimate.base_coefficients, dtype)
             elif wanted:
                 assert estimate.custom is not None
-                yield piece.name, estimate.custom[start : start + piece.numel].view(piece.shape).to(dtype)
+                part = estimate.custom[start : start + piece.numel].view(piece.shape)
+                yield piece.name, part.to(dtype, copy=True)  # the caller's own, as above
             start += piece.numel
 
     def update_(self, tangents: TangentSet, estimate: Estimate, sgd: Sgd, only: Collection[Piece] | None = None) -> None:

@@ -90,12 +90,23 @@ def test_strided_operands():
         (dict(dx=torch.zeros(0, 2, 4, 7, 5)), "k is 0"),
         (dict(dx=torch.zeros(3, 2, 4, 7, 5).double()), "dx has dtype Double, expected Float"),
         (dict(bias=torch.zeros(5)), r"bias has shape \(5,\), expected \(6,\)"),
+        (dict(weight=torch.zeros(6, 5, 3, 3)), r"x has shape \(2, 4, 7, 5\), expected 5 channels"),
+        (dict(groups=4), r"groups is 4 and weight has shape \(6, 4, 3, 3\)"),
+        (dict(groups=0), "groups is 0"),
+        (dict(groups=2), "expected 8 channels"),
+        (dict(transposed=True), "expected 6 channels"),
+        (dict(stride=[1, 1, 1]), "stride has 3 elements, expected 2"),
+        (dict(stride=[1, 0]), "stride holds 0"),
+        (dict(padding=[-1, 0]), "padding holds -1"),
+        (dict(dilation=[1, 0]), "dilation holds 0"),
+        (dict(weight=torch.zeros(6, 4, 3, 9)), "the kernel spans 9 places of axis 1, but the padded image has 7"),
+        (dict(dilation=[5, 1]), "the kernel spans 11 places of axis 0, but the padded image has 9"),
     ],
 )
 def test_bad_input(change, match):
     arguments = dict(x=torch.zeros(2, 4, 7, 5), dx=torch.zeros(3, 2, 4, 7, 5), weight=torch.zeros(6, 4, 3, 3))
     with pytest.raises(RuntimeError, match="convolution_jvp: .*" + match):
-        ops.convolution_jvp(**arguments | change, **SHAPES["2d"][2])
+        ops.convolution_jvp(**arguments | SHAPES["2d"][2] | change)
 
 
 # ---- sampled weight tangents

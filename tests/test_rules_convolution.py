@@ -136,3 +136,23 @@ def test_non_contiguous_operands():
     x, w = draw(2, 7, 5, 3).permute(0, 3, 1, 2), draw(3, 3, 3, 4).permute(3, 2, 0, 1)
     check(lambda x, w: F.conv2d(x, w), x, w)
     assert_close64(F.conv2d(DualTensor(x, draw(2, *x.shape)), w).primal, F.conv2d(x, w))
+
+
+@pytest.mark.parametrize(
+    "weight, options",
+    [
+        ((4, 5, 3, 3), {}),
+        ((4, 3, 9, 9), {}),
+        ((4, 3, 3, 3), {"groups": 2}),
+        ((4, 3, 3, 3), {"stride": (1, 1, 1)}),
+        ((4, 3, 3, 3), {"padding": (1, 1, 1)}),
+        ((4, 3, 3, 3), {"dilation": 0}),
+    ],
+)
+def test_bad_input_gets_the_error_of_pytorch(weight, options):
+    x, w = torch.zeros(2, 3, 8, 8), torch.zeros(weight)
+    with pytest.raises(RuntimeError) as plain:
+        F.conv2d(x, w, **options)
+    with pytest.raises(RuntimeError) as dual:
+        F.conv2d(DualTensor(x, torch.zeros(2, *x.shape)), w, **options)
+    assert str(plain.value).splitlines()[0] == str(dual.value).splitlines()[0]

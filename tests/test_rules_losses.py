@@ -54,6 +54,16 @@ def test_squared_error(reduction):
         check(lambda a: F.mse_loss(a, y[0], reduction=reduction), draw(7, 5))
 
 
+@pytest.mark.parametrize("loss", [F.mse_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits])
+def test_means_of_losses_whose_sum_is_no_float16(loss):
+    x, y, dx = torch.full((1 << 18,), 0.1), torch.full((1 << 18,), 0.9), torch.full((2, 1 << 18), 0.5)
+    wide = loss(frog.DualTensor(x, dx), y)
+    low = loss(frog.DualTensor(x.half(), dx.half()), y.half())
+    assert low.primal.dtype == low.tangents.dtype == torch.float16
+    torch.testing.assert_close(low.primal.float(), wide.primal, rtol=4e-3, atol=0)
+    torch.testing.assert_close(low.tangents.float(), wide.tangents, rtol=4e-3, atol=0)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_binary_cross_entropy(reduction):
     y, w = torch.sigmoid(draw(7, 5, seed=3)), draw(7, 1, seed=4).abs()

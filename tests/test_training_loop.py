@@ -107,3 +107,18 @@ def test_no_autograd_graph_and_no_retained_hooks():
             fg(x, y)
         assert not seen
     F.cross_entropy(model(x), y).backward()  # the model still trains by backprop
+
+
+def test_a_custom_aggregation_gives_gradients_that_are_the_callers():
+    model = mlp()
+    fg = frog.ForwardGradient(model, per_sample, k=K, perturb="weight", aggregate=lambda v, d: d @ v)
+    fg.derivatives(*batch())
+    once = {name: g.clone() for name, g in fg.gradients().items()}
+    for times in (1, 2, 3):
+        fg.accumulate_()
+        for name, p in model.named_parameters():
+            assert_close64(p.grad, times * once[name])
+    model.zero_grad(set_to_none=False)
+    fg.update_(0.1, momentum=0.9, weight_decay=0.5, nesterov=True)
+    for name, g in fg.gradients().items():
+        assert torch.equal(g, once[name])

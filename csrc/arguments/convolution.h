@@ -5,13 +5,54 @@
 
 namespace frog {
 
-inline void check_convolution(const char* op, const Tensor& x, const Tensor& dx, const Tensor& weight) {
+/// A number for each of `axes`, from `least`; or one for all, where that is allowed.
+inline void check_axes(const char* op, const char* name, const std::vector<int64_t>& values, int64_t axes,
+                       int64_t least, bool one_for_all = false) {
+  const int64_t count = static_cast<int64_t>(values.size());
+  STD_TORCH_CHECK(count == axes || (one_for_all && count == 1), op, ": ", name, " has ", count, " elements, expected ",
+                  axes, ", one for each axis of an image");
+  for (const int64_t value : values) {
+    STD_TORCH_CHECK(value >= least && value < int64_t{1} << 31, op, ": ", name, " holds ", value,
+                    "; accepted are integers from ", least, " below 2^31");
+  }
+}
+
+/// What convolution_jvp is given beside its tensors.
+struct ConvolutionOptions {
+  std::vector<int64_t> stride, padding, dilation;
+  bool transposed;
+  std::vector<int64_t> output_padding;
+  int64_t groups;
+};
+
+/// x [B, C, *s], dx [k, B, C, *s]; weight [O, C / groups, *], or [C, O / groups, *] where transposed.
+inline void check_convolution(const char* op, const Tensor& x, const Tensor& dx, const Tensor& weight,
+                              const ConvolutionOptions& o) {
   check_floating(op, "x", x);
   check_dtype(op, "weight", weight, x.scalar_type());
   STD_TORCH_CHECK(x.dim() >= 3 && weight.dim() == x.dim(), op, ": x has shape ", shape_string(x),
                   " and weight has shape ", shape_string(weight), ", expected (batch, channels, *) and as many axes");
   check_tangents(op, "dx", dx, x);
   check_dtype(op, "dx", dx, x.scalar_type());
+  const int64_t axes = x.dim() - 2;
+  check_axes(op, "stride", o.stride, axes, 1, true);
+  check_axes(op, "padding", o.padding, axes, 0, true);
+  check_axes(op, "dilation", o.dilation, axes, 1, true);
+  STD_TORCH_CHECK(o.groups >= 1 && weight.size(0) % o.groups == 0, op, ": groups is ", o.groups,
+                  " and weight has shape ", shape_string(weight), "; its first axis must divide into groups");
+  const int64_t channels = o.transposed ? weight.size(0) : weight.size(1) * o.groups;
+  STD_TORCH_CHECK(x.size(1) == channels, op, ": x has shape ", shape_string(x), ", expected ", channels,
+                  " channels for weight ", shape_string(weight), " and groups ", o.groups);
+  if (o.transposed) {
+    check_axes(op, "output_padding", o.output_padding, axes, 0, true);
+    return;
+  }
+  const auto of = [](const std::vector<int64_t>& values, int64_t a) { return values[values.size() == 1 ? 0 : a]; };
+  for (int64_t a = 0; a < axes; ++a) {
+    const int64_t spans = of(o.dilation, a) * (weight.size(2 + a) - 1) + 1, room = x.size(2 + a) + 2 * of(o.padding, a);
+    STD_TORCH_CHECK(spans <= room, op, ": the kernel spans ", spans, " places of axis ", a,
+                    ", but the padded image has ", room);
+  }
 }
 
 /// bias (O,), for a result with O channels.
@@ -42,17 +83,10 @@ inline void check_sampled_convolution(const char* op, const Tensor& self, const 
   STD_TORCH_CHECK(self.dim() == x.dim() + 1, op, ": self has shape ", shape_string(self), " and x has shape ",
                   shape_string(x), ", expected (k, batch, outputs, *) with as many axes at the end");
   const int64_t axes = x.dim() - 2;
-  const std::pair<const char*, const std::vector<int64_t>*> lists[] = {
-      {"kernel", &o.kernel}, {"stride", &o.stride}, {"padding", &o.padding}, {"dilation", &o.dilation}};
-  for (const auto& [name, values] : lists) {
-    STD_TORCH_CHECK(static_cast<int64_t>(values->size()) == axes, op, ": ", name, " has ", values->size(),
-                    " elements, expected ", axes, ", one for each axis of an image");
-    const int64_t least = values == &o.padding ? 0 : 1;
-    for (const int64_t value : *values) {
-      STD_TORCH_CHECK(value >= least && value < int64_t{1} << 31, op, ": ", name, " holds ", value,
-                      "; accepted are integers from ", least, " below 2^31");
-    }
-  }
+  check_axes(op, "kernel", o.kernel, axes, 1);
+  check_axes(op, "stride", o.stride, axes, 1);
+  check_axes(op, "padding", o.padding, axes, 0);
+  check_axes(op, "dilation", o.dilation, axes, 1);
   std::vector<int64_t> expected{self.size(0), x.size(0), self.size(2)};
   for (int64_t a = 0; a < axes; ++a) {
     const int64_t room = x.size(2 + a) + 2 * o.padding[a] - o.dilation[a] * (o.kernel[a] - 1) - 1;

@@ -28,7 +28,7 @@ constexpr int64_t kMostKeys = 128;           // up to which all keys are one blo
 constexpr int64_t kMostRows = 48;            // query rows in a block
 constexpr int64_t kBlockBytes = 512 * 1024;  // what a block of queries may take of the second-level cache
 constexpr int64_t kPairBytes = 2 << 20;      // packed keys and values of a head that a thread may hold for itself
-constexpr int64_t kFewestPairs = 8;          // heads that keep all threads busy
+constexpr int64_t kFewestPairs = 8;          // heads that keep a few threads busy
 constexpr int64_t kBlocksPerThread = 8;      // blocks of queries that share the threads evenly enough
 
 template <class T>
@@ -287,7 +287,8 @@ void run(const Problem<T>& p) {
   const int64_t rows = std::clamp<int64_t>(kBlockBytes / row_bytes / kTileRows * kTileRows, kTileRows, kMostRows);
   const int64_t blocks = ceil_div(p.queries, rows);
   const int64_t pair_bytes = (1 + p.k) * (kt.size() + v.size()) * static_cast<int64_t>(sizeof(T));
-  if (pairs >= kFewestPairs && pair_bytes <= kPairBytes) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (pairs >= std::max(kFewestPairs, threads) && pair_bytes <= kPairBytes) {
     torch::stable::parallel_for(0, pairs, 1, [&](int64_t from, int64_t to) {
       Packed<T> packed(p, 1);
       Workspace<T> workspace(1 + p.k, rows, p.depth, p.block(), v.padded);
@@ -303,8 +304,7 @@ void run(const Problem<T>& p) {
     return;
   }
   // Heads packed at a time: one, or as many as give the threads enough to do.
-  const int64_t wanted = kBlocksPerThread * static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t most = std::min(pairs, ceil_div(wanted, shared * blocks));
+  const int64_t most = std::min(pairs, ceil_div(kBlocksPerThread * threads, shared * blocks));
   Packed<T> packed(p, most);
   for (int64_t begin = 0; begin < pairs; begin += most) {
     const int64_t count = std::min(most, pairs - begin);

@@ -10,14 +10,7 @@ namespace {
 
 constexpr const char* kOp = "convolution_jvp";
 
-struct Options {
-  std::vector<int64_t> stride, padding, dilation;
-  bool transposed;
-  std::vector<int64_t> output_padding;
-  int64_t groups;
-};
-
-Tensor convolve(const Tensor& x, const Tensor& weight, const Options& o) {
+Tensor convolve(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
   return torch::stable::contiguous(
       convolution(x, weight, std::nullopt, o.stride, o.padding, o.dilation, o.transposed, o.output_padding, o.groups));
 }
@@ -41,11 +34,11 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
   check_cpu(kOp, "x", x_);
   check_cpu(kOp, "dx", dx_);
   check_cpu(kOp, "weight", weight);
-  check_convolution(kOp, x_, dx_, weight);
+  const ConvolutionOptions options{stride, padding, dilation, transposed, output_padding, groups};
+  check_convolution(kOp, x_, dx_, weight, options);
   const Tensor dx = torch::stable::contiguous(dx_);
   const Tensor x = torch::stable::contiguous(x_);
   const int64_t k = dx.size(0), batch = x.size(0);
-  const Options options{stride, padding, dilation, transposed, output_padding, groups};
   std::vector<int64_t> images = shape_of(x);
   Tensor y, dy;
   std::vector<int64_t> shape, dy_shape;
@@ -92,7 +85,7 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
   std::vector<int64_t> shape{outputs, x.size(1)};
   shape.insert(shape.end(), kernel.begin(), kernel.end());
   Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
-  const Options options{stride, padding, dilation, false, std::vector<int64_t>(kernel.size(), 0), 1};
+  const ConvolutionOptions options{stride, padding, dilation, false, std::vector<int64_t>(kernel.size(), 0), 1};
   for (int64_t i = 0; i < k; ++i) {
     std::array<StableIValue, 7> stack{detail::box(state),          detail::box(int64_t{1}), detail::box(weights),
                                       detail::box(offset),         detail::box(first + i),  detail::box(distribution),

@@ -92,6 +92,11 @@ inline void combine(const DrawSpec& s, int64_t k, const double* c, int64_t start
 inline void gram(const float* v, int64_t k, int64_t n, int64_t ld, double* out) { simd().gram_f32(v, k, n, ld, out); }
 inline void gram(const double* v, int64_t k, int64_t n, int64_t ld, double* out) { simd().gram_f64(v, k, n, ld, out); }
 
+inline void gram_of_signs(const DrawSpec& s, int64_t k, int64_t start, int64_t count, double* out) {
+  std::vector<uint64_t> scratch(k * kSignWords);
+  simd().gram_of_signs(s, k, start, count, scratch.data(), out);
+}
+
 /// Adds up the partial Gram matrices in order and mirrors the lower triangle: partials [parts, k, k] -> out [k, k].
 inline void finish_gram(const std::vector<double>& partials, int64_t parts, int64_t k, double* out) {
   for (int64_t i = 0; i < k; ++i) {

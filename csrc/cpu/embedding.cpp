@@ -66,11 +66,16 @@ void draw_rows(const DrawSpec& spec, int64_t k, int64_t offset, const int64_t* i
         draw(spec, k, first, dim, scratch.data(), dim);
         for (int64_t i = 0; i < k; ++i) sink.finish((i * places + place) * dim, dim, scratch.data() + i * dim);
       }
-      for (int64_t i = 0; i < k; ++i) {
-        const char* drawn = data + (i * places + place) * bytes;
-        for (int64_t j = starts[r] + 1; j < starts[r + 1]; ++j) {
-          std::memcpy(data + (i * places + order[j]) * bytes, drawn, static_cast<size_t>(bytes));
-        }
+    }
+  });
+  // By place, not by row: all places may have the same one.
+  torch::stable::parallel_for(0, places, grain_of(k * dim), [&](int64_t begin, int64_t end) {
+    int64_t r = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (int64_t j = begin; j < end; ++j) {
+      if (j == starts[r + 1]) ++r;
+      for (int64_t i = 0; j > starts[r] && i < k; ++i) {
+        const char* drawn = data + (i * places + order[starts[r]]) * bytes;
+        std::memcpy(data + (i * places + order[j]) * bytes, drawn, static_cast<size_t>(bytes));
       }
     }
   });

@@ -88,7 +88,8 @@ void add_sampled_weight(const DrawSpec& spec, int64_t k, int64_t offset, const T
   const int64_t stage = kTileRows * std::clamp<int64_t>(strips / batch, 1, 8);                 // rows of W at a time
   const int64_t turned_width = ceil_div(stage, panels.vector) * panels.vector;
   std::vector<double> partials(gram_out ? tasks.count * k * k : 0, 0.0);
-  const bool exact_gram = sizeof(T) == sizeof(float) && in * out <= kExactGramElements;
+  const bool signs = spec.distribution == kRademacher;  // whose Gram matrix takes their bits only
+  const bool exact_gram = sizeof(T) == sizeof(float) && in * out <= kExactGramElements && !signs;
 
   torch::stable::parallel_for(0, tasks.count, 1, [&](int64_t first_task, int64_t last_task) {
     Scratch<T> drawn(k * kTileRows * cols);
@@ -145,8 +146,12 @@ void add_sampled_weight(const DrawSpec& spec, int64_t k, int64_t offset, const T
 
     for (int64_t task = first_task; task < last_task; ++task) {
       double* partial = gram_out ? partials.data() + task * k * k : nullptr;
-      const int64_t end = tasks.begin(task + 1);
-      for (int64_t o0 = tasks.begin(task); o0 < end; o0 += stage) {
+      const int64_t begin = tasks.begin(task), end = tasks.begin(task + 1);
+      if (partial && signs) {
+        gram_of_signs(spec, k, offset + begin * in, (end - begin) * in, partial);
+        partial = nullptr;
+      }
+      for (int64_t o0 = begin; o0 < end; o0 += stage) {
         const int64_t staged = std::min(stage, end - o0);
         // once even for an empty batch: the Gram does not depend on x
         for (int64_t p0 = 0; p0 == 0 || p0 < panels.count(); p0 += batch) {

@@ -19,7 +19,7 @@ namespace frog {
 class Pool {
  public:
   static constexpr size_t kSmallest = size_t{64} << 10;  // bytes; what is smaller the C library keeps by itself
-  static constexpr size_t kSlack = size_t{4} << 20;      // bytes that a pass may keep beyond what it needs at its most
+  static constexpr size_t kSlack = size_t{4} << 20;      // bytes kept beyond what was needed at its most and an eighth
 
   // A part of a segment, in use or free.
   struct Piece {
@@ -82,7 +82,7 @@ class Pool {
   }
 
   // No free piece is large enough. Free segments make room for the new one, so that the memory of a pass is hardly more
-  // than what it needs at its most, however sizes follow each other.
+  // than what it needs at its most, in whatever order sizes come. A segment of which a piece is in use stays whole.
   Piece* new_segment(size_t size) {
     const size_t needed = used_ + size;
     const size_t most = std::max(most_used_, needed);

@@ -57,14 +57,13 @@ Tensor gram_in_parts(const Tensor& like, int64_t k, int64_t begin, int64_t n, in
   return out;
 }
 
-// T is the type of the products: float holds sums of +-1 exactly, everything else needs double.
-template <class T>
+// Of normal tangents; their products need double.
 void drawn_gram(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, double* out) {
-  const int64_t group = spec.distribution == kRademacher ? kRademacherGroup : kNormalGroup;
-  const int64_t block = std::max<int64_t>(1, kGramScratch / (k * static_cast<int64_t>(sizeof(T)) * group)) * group;
-  std::vector<T> drawn(k * block);
+  constexpr int64_t kBytes = sizeof(double) * kNormalGroup;
+  const int64_t block = std::max<int64_t>(1, kGramScratch / (k * kBytes)) * kNormalGroup;
+  std::vector<double> drawn(k * block);
   for (int64_t at = start; at < start + count;) {
-    const int64_t n = std::min((at / group) * group + block, start + count) - at;
+    const int64_t n = std::min((at / kNormalGroup) * kNormalGroup + block, start + count) - at;
     draw(spec, k, at, n, drawn.data(), block);
     gram(drawn.data(), k, n, block, out);
     at += n;
@@ -87,9 +86,9 @@ Tensor tangent_gram(const Tensor& state, int64_t k, int64_t numel, int64_t offse
   }
   return gram_in_parts(state, k, offset, numel, kRademacherGroup, [&](int64_t start, int64_t count, double* partial) {
     if (distribution == kRademacher) {
-      drawn_gram<float>(spec, k, start, count, partial);
+      gram_of_signs(spec, k, start, count, partial);
     } else {
-      drawn_gram<double>(spec, k, start, count, partial);
+      drawn_gram(spec, k, start, count, partial);
     }
   });
 }

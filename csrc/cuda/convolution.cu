@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x, const Tensor& dx, co
   check_same_device(kOp, "x", x, dx);
   check_same_device(kOp, "dx", dx, x);
   check_same_device(kOp, "weight", weight, x);
-  check_convolution(kOp, x, dx, weight);
+  check_convolution(kOp, x, dx, weight, {stride, padding, dilation, transposed, output_padding, groups});
   if (bias) {
     check_same_device(kOp, "bias", *bias, x);
     check_convolution_bias(kOp, *bias, x, transposed ? weight.size(1) * groups : weight.size(0));

@@ -71,7 +71,11 @@ def convolution(
         return _as_product(place, k, x, dx, w, dw, sampled, b, db, low)
     moved = None
     if dx is not None and dx.dtype == x.dtype == w.dtype and x.dtype in FUSED_DTYPES and x.is_cpu and x.dim() > 2:
-        out, moved = _convolution_jvp(x, dx, w, b, *options)  # (B, O, *s), (k, B, O, *s)
+        try:
+            out, moved = _convolution_jvp(x, dx, w, b, *options)  # (B, O, *s), (k, B, O, *s)
+        except RuntimeError:
+            func(x, w, b, *options)  # PyTorch's own error
+            raise
     else:
         out = func(x, w, b, *options)
     if dx is not None and moved is None:

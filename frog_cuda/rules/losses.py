@@ -28,11 +28,16 @@ def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str, count: Any = N
     """loss (*), dloss (k, *) -> the asked reduction; the mean divides by ``count``, which defaults to the number of losses."""
     if reduction == "none":
         return _make(loss, dloss, k)
-    value, tangents = loss.sum(), (dloss if dloss.dim() == 2 else dloss.reshape(k, -1)).sum(1)
+    value, tangents = _wide(loss).sum(), _wide(dloss if dloss.dim() == 2 else dloss.reshape(k, -1)).sum(1)
     if reduction == "mean":
         count = loss.numel() if count is None else count
         value, tangents = value.div_(count), tangents.div_(count)
-    return _make(value, tangents, k)
+    return wrap(value.to(loss.dtype), tangents, dloss.dtype)
+
+
+def _wide(losses: Tensor) -> Tensor:
+    """In float32 at least: the sum of 10^5 losses is no float16, their mean is."""
+    return losses.float() if losses.dtype.itemsize < 4 else losses
 
 
 def _one_class_each(logits: torch.Size, target: torch.Size) -> bool:
@@ -82,7 +87,7 @@ def cross_entropy(
         if weight is None:
             count = kept.count_nonzero()
         else:
-            count = (weight[torch.where(kept, flat, 0)] * kept).sum()
+            count = _wide(weight[torch.where(kept, flat, 0)] * kept).sum()
     if reduction == "none" and len(shape) != 1:
         loss, dloss = loss.view(shape), dloss.view(k, *shape)
     return _reduced(loss, dloss, k, reduction, count)

@@ -8,7 +8,7 @@
 #if defined(FROG_X86_KERNELS)
 #include <immintrin.h>
 // After every shared header: what follows may use AVX2 and is in a namespace of its own.
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma,popcnt,f16c")
 #define FROG_ISA avx2
 #include "schedule.h"
 //

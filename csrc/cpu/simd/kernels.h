@@ -54,6 +54,8 @@ struct Normalization {
   int64_t numel() const { return outer * groups * inner; }
 };
 
+constexpr int64_t kSignWords = 16;  // of 64 bits, that hold the signs of a group
+
 struct SimdKernels {
   const char* name;
 
@@ -68,6 +70,8 @@ struct SimdKernels {
   // lower triangle of gram[k, k] += v v^T for v[k, n] with row stride ld; products and sums in the type of v
   void (*gram_f32)(const float* v, int64_t k, int64_t n, int64_t ld, double* gram);
   void (*gram_f64)(const double* v, int64_t k, int64_t n, int64_t ld, double* gram);
+  // the same of elements start .. start + count of Rademacher tangents; scratch [k, kSignWords]
+  void (*gram_of_signs)(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, uint64_t* scratch, double* gram);
 
   // acc[r * acc_ld + b] += sum_c v[r * v_ld + c] * xt[c * width + b] (or =, where `fresh`) for r < rows, b < width;
   // width a multiple of the vector length and at most panel width

@@ -241,6 +241,36 @@ void gram(const T* v, int64_t k, int64_t n, int64_t ld, double* out) {
   }
 }
 
+// Bits from .. to of 64, those of them that there are.
+inline uint64_t bits_between(int64_t from, int64_t to) {
+  const uint64_t below = to >= 64 ? ~uint64_t{0} : to <= 0 ? 0 : ~uint64_t{0} >> (64 - to);
+  return from >= 64 ? 0 : from <= 0 ? below : below & (~uint64_t{0} << from);
+}
+
+// The Gram matrix of signs counts where they differ: 64 products are an exclusive or and a population count, and exact.
+inline void gram_of_signs(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, uint64_t* signs,
+                          double* gram) {
+  static_assert(64 * kSignWords == kRademacherGroup, "words hold the signs of a whole group");
+  for_each_batch<kRademacherGroup, 4>(spec, k, start, count, [&](const Part* parts, const GroupWords* words, int n) {
+    for (int p = 0; p < n; ++p) {
+      const Part& part = parts[p];
+      for (int64_t w = 0; w < kSignWords; ++w) {
+        const uint64_t both = words[p].w[2 * w] | static_cast<uint64_t>(words[p].w[2 * w + 1]) << 32;
+        signs[part.i * kSignWords + w] = both & bits_between(part.from - 64 * w, part.to - 64 * w);
+      }
+      for (int64_t a = 0; part.i == k - 1 && a < k; ++a) {  // all tangents of the group are there
+        const uint64_t* left = signs + a * kSignWords;
+        for (int64_t b = 0; b <= a; ++b) {
+          const uint64_t* right = signs + b * kSignWords;
+          int64_t differing = 0;
+          for (int64_t w = 0; w < kSignWords; ++w) differing += __builtin_popcountll(left[w] ^ right[w]);
+          gram[a * k + b] += static_cast<double>(part.to - part.from - 2 * differing);
+        }
+      }
+    }
+  });
+}
+
 // ---- the matrix tile
 
 // R rows of v against N vectors of xt; the sums stay in registers over the whole count.
@@ -331,6 +361,7 @@ const SimdKernels kTable = {
     combine<double>,
     gram<float>,
     gram<double>,
+    gram_of_signs,
     tile<float>,
     tile<double>,
     pack<float>,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import ops
 from ._checks import flat
 
 
@@ -78,7 +79,7 @@ class Factors:
     def combine(self, coefficients: Tensor) -> Tensor:
         """``sum_i c_i v_i``, coefficients (k,): (*shape), in the dtype of the factors, or float32 where that is lower."""
         left, right = self._scaled(coefficients)
-        return (left.mT @ right).view(self.shape)
+        return (ops.linear_gradient(left, right) if left.is_cpu else left.mT @ right).view(self.shape)
 
     def axpy_(self, target: Tensor, coefficients: Tensor, alpha: float) -> None:
         """``target += alpha sum_i c_i v_i``."""

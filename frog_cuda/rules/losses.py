@@ -24,7 +24,7 @@ def _reduction_name(size_average: Any, reduce: Any, reduction: str) -> str:
     return reduction
 
 
-def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str, count: Any = None) -> DualTensor:
+def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str, count: Any = None) -> Tensor:
     """loss (*), dloss (k, *) -> the asked reduction; the mean divides by ``count``, which defaults to the number of losses."""
     if reduction == "none":
         return _make(loss, dloss, k)

@@ -19,7 +19,7 @@ namespace frog {
 class Pool {
  public:
   static constexpr size_t kSmallest = size_t{64} << 10;  // bytes; what is smaller the C library keeps by itself
-  static constexpr size_t kSlack = size_t{4} << 20;      // bytes kept beyond what was needed at its most and an eighth
+  static constexpr size_t kSlack = size_t{2} << 20;      // bytes kept beyond what was needed at its most and an eighth
 
   // A part of a segment, in use or free.
   struct Piece {

@@ -28,11 +28,13 @@ def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str, count: Any = N
     """loss (*), dloss (k, *) -> the asked reduction; the mean divides by ``count``, which defaults to the number of losses."""
     if reduction == "none":
         return _make(loss, dloss, k)
-    value, tangents = _wide(loss).sum(), _wide(dloss if dloss.dim() == 2 else dloss.reshape(k, -1)).sum(1)
+    low = loss.dtype.itemsize < 4 or dloss.dtype.itemsize < 4
+    flat = dloss if dloss.dim() == 2 else dloss.reshape(k, -1)
+    value, tangents = (_wide(loss).sum(), _wide(flat).sum(1)) if low else (loss.sum(), flat.sum(1))
     if reduction == "mean":
         count = loss.numel() if count is None else count
         value, tangents = value.div_(count), tangents.div_(count)
-    return wrap(value.to(loss.dtype), tangents, dloss.dtype)
+    return wrap(value.to(loss.dtype), tangents, dloss.dtype) if low else _make(value, tangents, k)
 
 
 def _wide(losses: Tensor) -> Tensor:

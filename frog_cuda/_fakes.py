@@ -1,6 +1,7 @@
 """Shape, dtype and strides of every operator's results, for meta tensors, ``FakeTensorMode`` and ``torch.compile``.
 
-Every result of every operator is contiguous. Values and shapes are checked by the kernels.
+Results are contiguous, but for those of attention on the CPU: there, heads can be joined without a copy. Values and shapes are
+checked by the kernels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the command line runs: the demo, and the experiments of the paper.
 
-Needs the packages of ``frog_cuda[experiments]``, the demo those of ``frog_cuda[demo]``; the library needs neither.
+Needs the packages of the extra ``experiments``, the demo those of ``demo``; the library needs neither.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ def require(*modules: str, extra: str = "experiments") -> list[Any]:
     """Imports optional modules.
 
     Arguments:
-        extra: what installs them: ``pip install frog_cuda[extra]``.
+        extra: which of the package's extras installs them.
     Raises:
         MissingPackages: one or more are not installed.
     """
     absent = missing(*modules)
     if absent:
         are = "is" if len(absent) == 1 else "are"
-        raise MissingPackages(f"{', '.join(absent)} {are} not installed; run `pip install frog_cuda[{extra}]`")
+        raise MissingPackages(
+            f'{", ".join(absent)} {are} not installed; run `pip install --no-build-isolation ".[{extra}]"` in the source folder'
+        )
     return [import_module(module) for module in modules]

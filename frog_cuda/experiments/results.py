@@ -27,7 +27,8 @@ class Results:
     """A table that grows, and is on disk as a whole after each addition.
 
     ``<name>.csv`` has one line for each row. ``<name>.json`` holds ``command``, ``settings``, ``versions``, ``seconds`` (of all
-    parts together), ``complete`` and the ``rows``. Numbers that are NaN or infinite are empty in one and null in the other.
+    parts together), ``complete`` and the ``rows``. Floats in rows are rounded to 7 significant digits; those that are NaN or
+    infinite are empty in one and null in the other.
 
     Arguments:
         folder: made where it does not exist.

@@ -218,6 +218,28 @@ def test_missing_results_are_named(part: str, small: Path, tmp_path: Path) -> No
         assert (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize("complete", [[], ["angles"]], ids=["cosines too", "descent only"])
+def test_an_interrupted_run_is_shown_as_far_as_it_went(complete: list[str], small: Path, tmp_path: Path) -> None:
+    """Results end within the angles of the largest k."""
+    results = shutil.copytree(small, tmp_path / "results")
+    for name in ("angles", "angles_descent"):
+        path = results / "angles" / f"{name}.json"
+        content = json.loads(path.read_text())
+        assert content["complete"] and {row["k"] for row in content["rows"]} == {4, 16, 64}
+        if name not in complete:
+            rows = [row for row in content["rows"] if row["k"] < 64 or row["angle"] == 15]
+            path.write_text(json.dumps({**content, "complete": False, "rows": rows}))
+    assert main(["report", "--results", str(results), "--output", str(tmp_path / "page.md")]) == 0
+    section = (tmp_path / "page.md").read_text().partition("## 4.3")[2].partition("## 4.4")[0]
+    assert section.count("The run is not complete") == 1
+    figure = r"-?\d+"
+    cosine = rf"{figure}\.\d{{3}}"
+    cut = "-" if not complete else cosine
+    for name in ("mean", "orthogonal"):
+        assert re.search(rf"^\| {name}, k = 16 (\| {cosine}; {figure} ){{3}}\|$", section, re.MULTILINE)
+        assert re.search(rf"^\| {name}, k = 64 \| {cosine}; {figure} (\| {cut}; - ){{2}}\|$", section, re.MULTILINE)
+
+
 def test_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main(["report", "--results", str(tmp_path / "empty"), "--output", str(tmp_path / "page.md")]) == 0

@@ -150,10 +150,9 @@ def evidence(found: Findings, number: str) -> list[str]:
     return lines
 
 
-def made_by(table: Table | None) -> list[str]:
-    if table is None:
-        return []
-    partly = "" if table.complete else " **The run is not complete.**"
+def made_by(table: Table, *others: Table) -> list[str]:
+    """Of one table or of several that a command wrote."""
+    partly = "" if all(t.complete for t in (table, *others)) else " **The run is not complete.**"
     return [f"Made by `{table.command}`, seeds {table.settings['seed']} to {last_seed(table)}.{partly}", ""]
 
 
@@ -219,7 +218,7 @@ def angles(found: Findings, results: Path, folder: str) -> str:
     lines = ["## 4.3, Fig. 5: tangents at an angle", ""]
     if found.angles is None or found.descent is None:
         return "\n".join([*lines, f"{MISSING} `{results}/angles`; `python -m frog_cuda angles` makes them."])
-    lines += made_by(found.angles)
+    lines += made_by(found.angles, found.descent)
     lines += [f"Descent on Styblinski-Tang: seeds {found.descent.settings['seed']} to {last_seed(found.descent)}.", ""]
     lines += [f"![Cosine, length and best value by angle]({folder}/angles.png)", "", *evidence(found, "4.3"), ""]
     places = list(dict.fromkeys(row["angle"] for row in found.angles.rows))
@@ -232,7 +231,8 @@ def angles(found: Findings, results: Path, folder: str) -> str:
             for a in places:
                 mine = [r for r in found.descent.rows if r["k"] == k and r["angle"] == a and r["approach"].startswith(name)]
                 bests = [r["best"] for r in mine if r["best"] is not None]
-                cells.append(f"{cosines[a]:.3f}; " + (f"{sum(bests) / len(bests):.0f}" if bests else "-"))
+                cosine = f"{cosines[a]:.3f}" if a in cosines else "-"
+                cells.append(f"{cosine}; " + (f"{sum(bests) / len(bests):.0f}" if bests else "-"))
             body.append(cells)
     return "\n".join([*lines, *grid(head, body)])
 

@@ -21,7 +21,7 @@ class Sgd:
 
     Raises:
         TypeError: an option is no number, or nesterov no bool.
-        ValueError: one is not finite, momentum or weight_decay is negative, or nesterov lacks momentum or has dampening.
+        ValueError: one is not finite, one other than dampening is negative, or nesterov lacks momentum or has dampening.
     """
 
     lr: float
@@ -35,7 +35,7 @@ class Sgd:
             value = getattr(self, name)
             if not is_real(value):
                 raise TypeError(f"update_: {name} is of type {type(value).__name__}; expected a number")
-            least = -math.inf if name in ("lr", "dampening") else 0
+            least = -math.inf if name == "dampening" else 0
             if not math.isfinite(value) or value < least:
                 raise ValueError(f"update_: {name} is {value}; expected a finite number{'' if least else ' >= 0'}")
             object.__setattr__(self, name, float(value))

@@ -155,7 +155,8 @@ def test_a_state_that_does_not_fit_changes_nothing(momentum, error, match):
     "options, error, match",
     [
         (dict(lr="0.1"), TypeError, "lr is of type str; expected a number"),
-        (dict(lr=math.nan), ValueError, "lr is nan; expected a finite number"),
+        (dict(lr=math.nan), ValueError, "lr is nan; expected a finite number >= 0"),
+        (dict(lr=-0.1), ValueError, "update_: lr is -0.1; expected a finite number >= 0"),
         (dict(momentum=-0.5), ValueError, "momentum is -0.5; expected a finite number >= 0"),
         (dict(momentum=True), TypeError, "momentum is of type bool"),
         (dict(weight_decay=-1), ValueError, "weight_decay is -1; expected a finite number >= 0"),

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
+import sys
+import warnings
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
+
+
+def warn(message: str) -> None:
+    """Warns at the line outside of this package that led here, however many calls lie between."""
+    frame, level = sys._getframe(), 1
+    while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def flat(tangents: Tensor, leading: int = 1) -> Tensor:

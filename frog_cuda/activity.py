@@ -9,7 +9,6 @@ Flügel et al., arXiv 2410.17764, section 4.4.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import ops
-from ._checks import flat
+from ._checks import flat, warn
 from ._deferred import deferring
 from .aggregate import Aggregate, Custom
 from .dual import DualTensor, perturbed, primal_of
@@ -202,10 +201,9 @@ class ActivityPerturbation:
         called = {id(s.group) for s in self.segments}
         idle = [g.name for g in self.groups if id(g) not in called]
         if idle:
-            warnings.warn(
+            warn(
                 f"activity perturbation: {', '.join(idle)} were not called in the forward pass, and their parameters get no "
-                "gradient; where an outer module uses them by itself, name that one in layers=",
-                stacklevel=5,
+                "gradient; where an outer module uses them by itself, name that one in layers="
             )
 
     def finish(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ._checks import check_count
+from ._checks import check_count, warn
 from .activity import ActivityPerturbation
 from .functional import RandomNumbers
 from .tracking import Tracker, free_memory
@@ -96,10 +95,9 @@ class ChunkSizes:
             budget = free // 2
         size, need = largest(needs, budget, most)
         if need > budget:
-            warnings.warn(
+            warn(
                 f"chunk_size='auto': a pass with one tangent needs {need} bytes, more than the budget of {budget}; going on "
-                "with chunk_size 1",
-                stacklevel=5,
+                "with chunk_size 1"
             )
         _log.info("chunk_size='auto': %d of %d tangents in a pass, which needs %d of %d bytes", size, most, need, budget)
         return size

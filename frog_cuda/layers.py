@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from ._checks import warn
 from .local import LocalRule, local_rule
 
 Named = tuple[str, nn.Module | nn.Parameter]
@@ -118,9 +118,8 @@ def activity_groups(model: nn.Module, layers: Any) -> list[Group]:
         covered = {id(p) for g in unique for p in g.parameters}
         left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
         if left:
-            warnings.warn(
+            warn(
                 f"activity perturbation: {', '.join(left)} belong to no innermost layer and get no gradient; name them or the "
-                "modules that own them in layers=, or freeze them",
-                stacklevel=4,
+                "modules that own them in layers=, or freeze them"
             )
     return unique

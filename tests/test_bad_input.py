@@ -272,7 +272,8 @@ def test_parameters_without_a_layer_are_named():
         def forward(self, x):
             return self.fc(x + self.shift)
 
-    with pytest.warns(UserWarning, match="shift belong to no innermost layer"):
-        fg = make(Net())
+    with pytest.warns(UserWarning, match="shift belong to no innermost layer") as caught:
+        fg = frog.ForwardGradient(Net(), per_sample, k=2)
+    assert caught[0].filename == __file__, "the line of the call"
     fg(X, Y)
     assert fg.model.shift.grad is None and fg.model.fc.weight.grad is not None

@@ -145,9 +145,14 @@ def test_measured_once_for_a_shape(caplog, monkeypatch):
 
 
 def test_one_tangent_that_does_not_fit():
+    message = r"a pass with one tangent needs \d{5,} bytes, more than the budget of 1000; going on"
     fg = make(net(), memory_budget=1000)
-    with pytest.warns(UserWarning, match=r"a pass with one tangent needs \d{5,} bytes, more than the budget of 1000; going on"):
+    with pytest.warns(UserWarning, match=message) as caught:
         fg(*data())
+    assert caught[0].filename == __file__, "the line of the call"
+    with pytest.warns(UserWarning, match=message) as caught:
+        make(net(), memory_budget=1000).derivatives(*data())
+    assert caught[0].filename == __file__
     assert fg.chosen_chunk_size == 1 and fg.model[0].first.weight.grad is not None
 
 

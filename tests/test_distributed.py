@@ -63,6 +63,27 @@ def test_a_group_of_one(alone):
     assert parallel.last is parallel.fg.last is not None
 
 
+class Borrows(nn.Module):
+    """Uses the weights of ``inner`` without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.last(nn.functional.linear(x, self.inner.weight))
+
+
+def test_warnings_show_the_line_of_the_call(alone):
+    x, y = data(0, shape=(4,))
+    with pytest.warns(UserWarning, match="inner were not called") as caught:
+        TangentParallel(estimator(Borrows()))(x, y)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="inner were not called") as caught:
+        TangentParallel(estimator(Borrows())).derivatives(x, y)
+    assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [

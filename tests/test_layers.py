@@ -89,8 +89,12 @@ def test_a_layer_that_is_not_called_is_named_once():
     model = Borrows().double()
     x, y = torch.randn(5, 4, dtype=torch.float64), torch.randint(0, 2, (5,))
     fg = frog.ForwardGradient(model, per_sample, k=2)
-    with pytest.warns(UserWarning, match="inner were not called in the forward pass"):
+    with pytest.warns(UserWarning, match="inner were not called in the forward pass") as caught:
         fg(x, y)
+    assert caught[0].filename == __file__, "the line of the call"
+    with pytest.warns(UserWarning, match="inner were not called in the forward pass") as caught:
+        frog.ForwardGradient(model, per_sample, k=2, chunk_size="auto", memory_budget=1 << 30).derivatives(x, y)
+    assert caught[0].filename == __file__
     assert model.inner.weight.grad is None and model.last.weight.grad is not None
     with warnings.catch_warnings():
         warnings.simplefilter("error")

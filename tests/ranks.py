@@ -20,7 +20,7 @@ Case = Callable[[], None]
 def outcomes(world: int, cases: Sequence[Case]) -> dict[str, str]:
     """Runs the cases one after the other in ``world`` processes, up to the first one that fails: ranks that raised may wait for
     others in another place than these wait for them. By name of the case: "", the tracebacks of its ranks, or why it did not
-    run."""
+    run. A process that ends early after the last case counts against that one."""
     with tempfile.TemporaryDirectory() as folder:
         end = ""
         try:
@@ -29,6 +29,8 @@ def outcomes(world: int, cases: Sequence[Case]) -> dict[str, str]:
             end = f"a process ended early: {error}"
         done = {path.stem for path in Path(folder).glob("*.done")}
         texts = {case.__name__: "" if case.__name__ in done else end for case in cases}
+        if not any(texts.values()):
+            texts[cases[-1].__name__] = end
         for path in sorted(Path(folder).glob("*.failed")):
             texts[path.name.split(".")[0]] += path.read_text()
         return texts

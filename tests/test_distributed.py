@@ -6,6 +6,7 @@ The cases run in processes of their own, all cases of a world size in the same o
 from __future__ import annotations
 
 import functools
+import os
 
 import distributed_cases
 import distributed_error_cases
@@ -42,6 +43,20 @@ def ran(world: int) -> dict[str, str]:
 )
 def test_processes(world, case):
     assert not (failure := ran(world)[case.__name__]), failure
+
+
+def one():
+    pass
+
+
+def dies_at_the_end():
+    dist.destroy_process_group = lambda: os._exit(3)
+
+
+def test_a_process_that_dies_after_the_last_case_fails_it():
+    assert outcomes(1, [one]) == {"one": ""}
+    found = outcomes(1, [one, dies_at_the_end])
+    assert found["one"] == "" and "a process ended early: process 0 terminated with exit code 3" in found["dies_at_the_end"]
 
 
 # In this process

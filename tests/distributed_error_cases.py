@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from distributed_cases import ROWS, data, estimator, net
 
 from frog_cuda.distributed import TangentParallel
 from frog_cuda.experiments import models
+from frog_cuda.tangents import Guided
 
 
 def raises(error: type[Exception], match: str, run) -> None:
@@ -41,6 +44,40 @@ def case_other_seed_or_step_later():
         parallel.fg.load_state_dict(other)
         raises(ValueError, match, lambda: parallel(*data(0)))  # noqa: B023
         assert all(p.grad is None for p in model.parameters())
+
+
+def case_other_momentum_or_estimates_later():
+    """A state of which one rank has another copy is refused by all, and none of them goes on from it."""
+
+    def momentum(state):
+        state["momentum"]["second.bias"][3] += 1e-6
+
+    def no_momentum(state):
+        del state["momentum"]
+
+    def estimate(state):
+        state["previous"][1]["parts"]["second.bias"][3] += 1e-6
+
+    def fewer_estimates(state):
+        del state["previous"][1]
+
+    for tangents, change, match in (
+        ("normal", momentum, "the momentum differs between rank 0 and rank 1"),
+        ("normal", no_momentum, "the momentum differs between rank 0 and rank 1"),
+        (Guided(2), estimate, "a previous estimate differs between rank 0 and rank 1"),
+        (Guided(2), fewer_estimates, "a previous estimate differs between rank 0 and rank 1"),
+    ):
+        parallel = TangentParallel(estimator(net(), perturb="weight", tangents=tangents))
+        for step in range(2):
+            parallel.derivatives(*data(step))
+            parallel.update_(0.01, momentum=0.9)
+        before = copy.deepcopy(parallel.state_dict())
+        other = copy.deepcopy(before)
+        if dist.get_rank() == 1:
+            change(other)
+        raises(ValueError, match, lambda: parallel.load_state_dict(other))  # noqa: B023
+        torch.testing.assert_close(parallel.state_dict(), before, rtol=0, atol=0)
+        parallel.load_state_dict(before)
 
 
 def case_other_batches():

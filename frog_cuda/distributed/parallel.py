@@ -242,6 +242,8 @@ class TangentParallel:
     def _check_same_arguments(self) -> None:
         fg, method = self.fg, self.fg._method
         activity = (method.shared, method.per_sample) if isinstance(method, ActivityPerturbation) else None
+        buffers = method.momentum.buffers if isinstance(method, WeightPerturbation) else {}
+        guides = fg._memory.guides if fg._memory is not None else ()
         described = {
             "k": fg.k,
             "seed": fg.seed,
@@ -250,6 +252,9 @@ class TangentParallel:
             "an option of fg": (type(method).__name__, activity, fg.tangent_dtype, fg.scaling_correction),
             "tangents": fg.distribution if not hasattr(fg.distribution, "source") else "supplied",
             "aggregate": fg.aggregate if isinstance(fg.aggregate, Aggregate) else "custom",
+            # sorted: with combine="slices" each rank makes the buffers of its own parameters first
+            "the momentum": sorted((name, _checksum(buffer)) for name, buffer in buffers.items()),
+            "a previous estimate": [(guide.scale, _checksum(guide.vector)) for guide in guides],
             "an option of TangentParallel": (self.combine, self.check_every, self.broadcast_buffers),
         }
         own = torch.tensor([v if isinstance(v, int) else zlib.crc32(repr(v).encode()) for v in described.values()])

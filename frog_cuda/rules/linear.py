@@ -57,8 +57,10 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if x.dtype is not w.dtype or x.dtype not in FUSED_DTYPES or w.dim() != 2 or x.dim() == 0:
         return NotImplemented
     if activity is not None:
-        # A tangent shared over rows goes through the layer as one row and is added to the product of the others
-        if 2 <= activity.dim() < x.dim() + 1:
+        # A tangent shared over rows goes through the layer as one row and is added to the product of the others. In low
+        # precision that takes another pass over the product, so one over the input is better where it is narrower.
+        narrower = activity.dtype is not x.dtype and dx is not None and w.shape[1] < w.shape[0]
+        if 2 <= activity.dim() < x.dim() + 1 and not narrower:
             activity = _rows_times(activity, w.t().to(activity.dtype))
         else:
             dx, activity = input.tangents, None

@@ -24,17 +24,18 @@ def _reduction_name(size_average: Any, reduce: Any, reduction: str) -> str:
     return reduction
 
 
-def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str, count: Any = None) -> Tensor:
+def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str, count: Any = None) -> DualTensor:
     """loss (*), dloss (k, *) -> the asked reduction; the mean divides by ``count``, which defaults to the number of losses."""
     if reduction == "none":
         return _make(loss, dloss, k)
-    low = loss.dtype.itemsize < 4 or dloss.dtype.itemsize < 4
-    flat = dloss if dloss.dim() == 2 else dloss.reshape(k, -1)
-    value, tangents = (_wide(loss).sum(), _wide(flat).sum(1)) if low else (loss.sum(), flat.sum(1))
+    if loss.dtype.itemsize < 4 or dloss.dtype.itemsize < 4:
+        wide = _reduced(_wide(loss), _wide(dloss), k, reduction, count)
+        return _make(wide._primal.to(loss.dtype), wide.tangents.to(dloss.dtype), k)
+    value, tangents = loss.sum(), (dloss if dloss.dim() == 2 else dloss.reshape(k, -1)).sum(1)
     if reduction == "mean":
         count = loss.numel() if count is None else count
         value, tangents = value.div_(count), tangents.div_(count)
-    return wrap(value.to(loss.dtype), tangents, dloss.dtype) if low else _make(value, tangents, k)
+    return _make(value, tangents, k)
 
 
 def _wide(losses: Tensor) -> Tensor:
@@ -44,9 +45,9 @@ def _wide(losses: Tensor) -> Tensor:
 
 def _one_class_each(logits: torch.Size, target: torch.Size) -> bool:
     """(N, C) and (N,); (C,) and (); or (N, C, d1, ..) and (N, d1, ..)."""
-    if len(logits) == 2:
-        return len(target) == 1 and logits[0] == target[0]
-    return target == (logits[:1] + logits[2:] if len(logits) > 1 else ()) and len(logits) > 0
+    if len(logits) < 2:
+        return len(logits) == 1 and len(target) == 0
+    return bool(target) and logits[0] == target[0] and logits[2:] == target[1:]
 
 
 @rule(F.cross_entropy)

@@ -23,6 +23,8 @@ LAYOUTS = {
     "batch": ((33, 4), (4,), dict(outer=33, groups=4, weight_groups=4)),
     "batch 2d": ((7, 5, 3, 4), (5,), dict(outer=7, groups=5, weight_groups=5)),
     "batch 3d": ((2, 1, 3, 4, 5), (1,), dict(outer=2, groups=1, weight_groups=1)),
+    "batch, many channels": ((5, 150), (150,), dict(outer=5, groups=150, weight_groups=150)),
+    "batch 2d, many channels": ((3, 37, 2, 3), (37,), dict(outer=3, groups=37, weight_groups=37)),
     "batch, long rows": ((3, 4, 70), (4,), dict(outer=3, groups=4, weight_groups=4)),
     "empty": ((0, 4), (4,), dict(groups=0)),
     "empty rows": ((4, 0), (0,), dict(groups=4)),
@@ -114,15 +116,22 @@ def test_non_contiguous():
     assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
-def test_the_same_bits_for_any_number_of_threads():
+def test_many_tangents_of_short_pieces():
+    """So many that fewer groups than usual are laid out anew together."""
+    x, dx = torch.randn(200, 9, 3, dtype=torch.float64), torch.randn(40, 200, 9, 3, dtype=torch.float64)
+    compare([x, dx], dict(outer=200, groups=9))
+
+
+@pytest.mark.parametrize("inner", [1, 4, 200])
+def test_the_same_bits_for_any_number_of_threads(inner):
     g = torch.Generator().manual_seed(0)
-    x, dx = torch.randn(64, 16, 200, generator=g), torch.randn(3, 64, 16, 200, generator=g)
+    x, dx = torch.randn(64, 400, inner, generator=g), torch.randn(3, 64, 400, inner, generator=g)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(ops.normalization_jvp(x, dx, outer=64, groups=16))
+            results.append(ops.normalization_jvp(x, dx, outer=64, groups=400))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -26,10 +26,12 @@ struct Simd;
 template <>
 struct Simd<float> {
   static constexpr auto normalise = &SimdKernels::normalise_f32;
+  static constexpr auto scratch = &SimdKernels::normalisation_scratch_f32;
 };
 template <>
 struct Simd<double> {
   static constexpr auto normalise = &SimdKernels::normalise_f64;
+  static constexpr auto scratch = &SimdKernels::normalisation_scratch_f64;
 };
 
 template <class T>
@@ -39,10 +41,10 @@ void run(const Normalization<T>& p) {
     std::fill(p.var, p.var + p.groups, std::numeric_limits<T>::quiet_NaN());
     return;
   }
-  const int64_t each = std::max<int64_t>(1, p.outer * p.inner * (1 + p.k));
+  const int64_t each = std::max<int64_t>(1, 4 * p.outer * p.inner * (1 + p.k));  // an element is gone over four times
   torch::stable::parallel_for(0, p.groups, std::max<int64_t>(1, kWork / each), [&](int64_t from, int64_t to) {
-    Scratch<T> scratch(3 * p.outer * p.inner);
-    for (int64_t g = from; g < to; ++g) (simd().*Simd<T>::normalise)(p, g, scratch.data());
+    Scratch<T> scratch((simd().*Simd<T>::scratch)(p));
+    (simd().*Simd<T>::normalise)(p, from, to, scratch.data());
   });
 }
 

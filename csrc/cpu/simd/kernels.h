@@ -89,9 +89,11 @@ struct SimdKernels {
                      double* shift, double* correction);
   void (*rescale_f32)(float* out, int64_t groups, int64_t rows, int64_t width, const float* correction);
   void (*rescale_f64)(double* out, int64_t groups, int64_t rows, int64_t width, const double* correction);
-  // group g: statistics, values and tangents; scratch [3, outer * inner]
-  void (*normalise_f32)(const Normalization<float>& p, int64_t g, float* scratch);
-  void (*normalise_f64)(const Normalization<double>& p, int64_t g, double* scratch);
+  // groups [from, to): statistics, values and tangents; the scratch has as many elements as the other function says
+  void (*normalise_f32)(const Normalization<float>& p, int64_t from, int64_t to, float* scratch);
+  void (*normalise_f64)(const Normalization<double>& p, int64_t from, int64_t to, double* scratch);
+  int64_t (*normalisation_scratch_f32)(const Normalization<float>& p);
+  int64_t (*normalisation_scratch_f64)(const Normalization<double>& p);
   int64_t vector_f32, vector_f64;  // elements of a vector register
   int64_t panel_f32, panel_f64;    // widest xt panel the tile kernel takes
 

@@ -25,6 +25,17 @@ double total(int64_t n, const F& f) {
   return sum;
 }
 
+// Where the rows of one group lie: `outer` of them with `inner` elements each, `stride` apart; those of its k tangents
+// `all` further on each. dx may be null. Tangents in bfloat16 are in low_dx and low_dy instead.
+template <class T>
+struct GroupRows {
+  int64_t outer, inner, stride, all;
+  const T *x, *dx;
+  T *y, *dy;
+  const uint16_t* low_dx;
+  uint16_t* low_dy;
+};
+
 // Factors of the elements of a group: constant over runs of `inner / weight_inner` elements, or over the whole group.
 template <class T>
 struct Affine {
@@ -34,19 +45,19 @@ struct Affine {
 };
 
 template <class T>
-Affine<T> affine(const Normalization<T>& p, const T* values, int64_t set, int64_t g) {
+Affine<T> affine(const Normalization<T>& p, const T* values, int64_t set, int64_t g, int64_t inner) {
   if (values == nullptr) return {nullptr, 1};
-  const int64_t run = p.weight_inner == 0 ? p.inner : p.inner / p.weight_inner;
+  const int64_t run = p.weight_inner == 0 ? inner : inner / p.weight_inner;
   return {values + (set * p.weight_groups + g % p.weight_groups) * p.weight_inner, run < 1 ? 1 : run};
 }
 
 // Calls body(from, to) for the runs of [0, inner) over which every factor is constant; one run for each element where
 // weight_inner == inner would be slow, so that case gets the whole range and `constant` = false.
 template <class T, class Body>
-void for_runs(const Normalization<T>& p, const Body& body) {
-  if (p.weight_inner == p.inner || p.weight_inner == 0) return body(int64_t{0}, p.inner, p.weight_inner <= 1);
-  const int64_t run = p.inner / p.weight_inner;
-  for (int64_t from = 0; from < p.inner; from += run) body(from, from + run, true);
+void for_runs(const Normalization<T>& p, int64_t inner, const Body& body) {
+  if (p.weight_inner == inner || p.weight_inner == 0) return body(int64_t{0}, inner, p.weight_inner <= 1);
+  const int64_t run = inner / p.weight_inner;
+  for (int64_t from = 0; from < inner; from += run) body(from, from + run, true);
 }
 
 inline void widen_row(const uint16_t* from, int64_t n, float* to) { widen_bf16(from, n, to); }
@@ -54,51 +65,26 @@ inline void widen_row(const uint16_t*, int64_t, double*) {}  // tangents of a do
 inline void narrow_row(const float* from, int64_t n, uint16_t* to) { narrow_bf16(from, n, to); }
 inline void narrow_row(const double*, int64_t, uint16_t*) {}
 
-// scratch [3, outer * inner]: x^, and where a group lies in short pieces or in bfloat16, what is read and written.
+// scratch [3, outer * inner]: x^, and of tangents in bfloat16 what is read and what is written.
 template <class T>
-void normalise_group(const Normalization<T>& p, int64_t g, T* scratch) {
-  constexpr int64_t kShort = 64;
-  const int64_t n = p.outer * p.inner, all = n * p.groups;
-  const bool pieces = p.outer > 1 && p.inner < kShort && p.weight_inner <= 1;
-  const int64_t outer = pieces ? 1 : p.outer, inner = pieces ? n : p.inner, stride = p.groups * p.inner;
-  T *hat = scratch, *whole = scratch + n, *result = scratch + 2 * n;
-  // the group of a tensor that starts at `base`; rows of `inner` elements are `stride` apart
-  const auto fetch = [&](const T* base) {
-    const T* from = base + g * p.inner;
-    if (!pieces) return from;
-    for (int64_t o = 0; o < p.outer; ++o) {
-      for (int64_t j = 0; j < p.inner; ++j) whole[o * p.inner + j] = from[o * stride + j];
-    }
-    return static_cast<const T*>(whole);
-  };
-  const auto place = [&](T* base) { return pieces ? result : base + g * p.inner; };
-  const auto finish = [&](T* base) {
-    T* to = base + g * p.inner;
-    for (int64_t o = 0; pieces && o < p.outer; ++o) {
-      for (int64_t j = 0; j < p.inner; ++j) to[o * stride + j] = result[o * p.inner + j];
-    }
-  };
-  // the same for tangents, which may be in bfloat16: then a row of a group follows the one before
-  const bool low_in = p.low_dx != nullptr, low_out = p.low_dy != nullptr;
+void normalise_group(const Normalization<T>& p, int64_t g, const GroupRows<T>& rows, T* scratch) {
+  const int64_t outer = rows.outer, inner = rows.inner, stride = rows.stride, n = outer * inner;
+  T *hat = scratch, *wide = scratch + n, *result = scratch + 2 * n;
+  // tangents in bfloat16 are widened row by row into [outer, inner], and narrowed from there
+  const bool low_in = rows.low_dx != nullptr, low_out = rows.low_dy != nullptr;
   const int64_t in_stride = low_in ? inner : stride, out_stride = low_out ? inner : stride;
   const auto fetch_tangents = [&](int64_t i) {
-    if (!low_in) return p.dx == nullptr ? nullptr : fetch(p.dx + i * all);
-    const uint16_t* from = p.low_dx + i * all + g * p.inner;
-    for (int64_t o = 0; o < p.outer; ++o) widen_row(from + o * stride, p.inner, whole + o * p.inner);
-    return static_cast<const T*>(whole);
+    if (!low_in) return rows.dx == nullptr ? nullptr : rows.dx + i * rows.all;
+    const uint16_t* from = rows.low_dx + i * rows.all;
+    for (int64_t o = 0; o < outer; ++o) widen_row(from + o * stride, inner, wide + o * inner);
+    return static_cast<const T*>(wide);
   };
-  const auto place_tangents = [&](int64_t i) { return low_out ? result : place(p.dy + i * all); };
   const auto finish_tangents = [&](int64_t i) {
-    if (!low_out) return finish(p.dy + i * all);
-    uint16_t* to = p.low_dy + i * all + g * p.inner;
-    for (int64_t o = 0; o < p.outer; ++o) narrow_row(result + o * p.inner, p.inner, to + o * stride);
-  };
-  const auto runs = [&](const auto& body) {
-    if (pieces) return body(int64_t{0}, n, true);
-    for_runs(p, body);
+    uint16_t* to = rows.low_dy + i * rows.all;
+    for (int64_t o = 0; o < outer; ++o) narrow_row(result + o * inner, inner, to + o * stride);
   };
 
-  const T* x = fetch(p.x);
+  const T* x = rows.x;
   double mean = 0, var = 0;
   if (p.given_mean != nullptr) {
     mean = static_cast<double>(p.given_mean[g]), var = static_cast<double>(p.given_var[g]);
@@ -119,14 +105,13 @@ void normalise_group(const Normalization<T>& p, int64_t g, T* scratch) {
   }
   p.mean[g] = static_cast<T>(mean), p.var[g] = static_cast<T>(var);
   const T centre = static_cast<T>(mean), r = static_cast<T>(1 / __builtin_sqrt(var + p.eps));
-  const Affine<T> w = affine(p, p.weight, 0, g), b = affine(p, p.bias, 0, g);
-  T* values = place(p.y);
+  const Affine<T> w = affine(p, p.weight, 0, g, inner), b = affine(p, p.bias, 0, g, inner);
   for (int64_t o = 0; o < outer; ++o) {
     const T* row = x + o * stride;
-    T* y = values + o * stride;
+    T* y = rows.y + o * stride;
     T* h = hat + o * inner;
     for (int64_t j = 0; j < inner; ++j) h[j] = (row[j] - centre) * r;
-    runs([&](int64_t from, int64_t to, bool constant) {
+    for_runs(p, inner, [&](int64_t from, int64_t to, bool constant) {
       if (constant) {
         const T factor = w.at(from, T(1)), add = b.at(from, T(0));
         for (int64_t j = from; j < to; ++j) y[j] = h[j] * factor + add;
@@ -137,10 +122,9 @@ void normalise_group(const Normalization<T>& p, int64_t g, T* scratch) {
       }
     });
   }
-  finish(p.y);
   for (int64_t i = 0; i < p.k; ++i) {
     const T* moved = fetch_tangents(i);
-    T* tangents = place_tangents(i);
+    T* tangents = low_out ? result : rows.dy + i * rows.all;
     T shift = T(0), turn = T(0);  // mean(dx) and mean(dx x^)
     if (moved != nullptr && p.given_mean == nullptr) {
       double sum = 0, product = 0;
@@ -152,12 +136,12 @@ void normalise_group(const Normalization<T>& p, int64_t g, T* scratch) {
       }
       shift = static_cast<T>(sum / static_cast<double>(n)), turn = static_cast<T>(product / static_cast<double>(n));
     }
-    const Affine<T> dw = affine(p, p.dweight, i, g), db = affine(p, p.dbias, i, g);
+    const Affine<T> dw = affine(p, p.dweight, i, g, inner), db = affine(p, p.dbias, i, g, inner);
     for (int64_t o = 0; o < outer; ++o) {
       const T* dx = moved == nullptr ? nullptr : moved + o * in_stride;
       T* dy = tangents + o * out_stride;
       const T* h = hat + o * inner;
-      runs([&](int64_t from, int64_t to, bool constant) {
+      for_runs(p, inner, [&](int64_t from, int64_t to, bool constant) {
         if (constant) {
           const T factor = w.at(from, T(1)) * r, tilt = dw.at(from, T(0)), add = db.at(from, T(0));
           if (dx == nullptr) {
@@ -180,7 +164,100 @@ void normalise_group(const Normalization<T>& p, int64_t g, T* scratch) {
         }
       });
     }
-    finish_tangents(i);
+    if (low_out) finish_tangents(i);
+  }
+}
+
+// Neighbouring groups are laid out anew together: so many elements of a row, and with all tangents at most so many in
+// all, which stay in second-level cache.
+constexpr int64_t kNormalizationStretch = 64, kNormalizationBlock = 1 << 16;
+
+// Whether a group lies in pieces shorter than that, as in batch normalisation of small images.
+template <class T>
+bool in_pieces(const Normalization<T>& p) {
+  return p.outer > 1 && p.inner < kNormalizationStretch && p.weight_inner <= 1;
+}
+
+// how many groups in pieces are taken together
+template <class T>
+int64_t taken_together(const Normalization<T>& p) {
+  const int64_t wide = kNormalizationStretch / p.inner, many = kNormalizationBlock / ((1 + p.k) * p.outer * p.inner);
+  return many < 1 ? 1 : many < wide ? many : wide;
+}
+
+template <class T>
+int64_t normalisation_scratch(const Normalization<T>& p) {
+  const int64_t n = p.outer * p.inner;
+  if (!in_pieces(p)) return 3 * n;
+  return 3 * n + (1 + p.k) * taken_together(p) * n + kNormalizationStretch;
+}
+
+template <int kLength, class T>
+void copy_pieces_of(int64_t count, int64_t length, const T* from, int64_t from_ld, T* to, int64_t to_ld) {
+  const int64_t each = kLength > 0 ? kLength : length;
+  for (int64_t c = 0; c < count; ++c) {
+    for (int64_t j = 0; j < each; ++j) to[c * to_ld + j] = from[c * from_ld + j];
+  }
+}
+
+// Images of 1 x 1 and 2 x 2, the most frequent, have loops whose length the compiler knows.
+template <class T>
+void copy_pieces(int64_t count, int64_t length, const T* from, int64_t from_ld, T* to, int64_t to_ld) {
+  if (length == 1) return copy_pieces_of<1>(count, length, from, from_ld, to, to_ld);
+  if (length == 4) return copy_pieces_of<4>(count, length, from, from_ld, to, to_ld);
+  copy_pieces_of<0>(count, length, from, from_ld, to, to_ld);
+}
+
+// Groups [g, g + count) in short pieces. Of each row of x their pieces are one stretch of memory; [outer, count, inner]
+// becomes [count, outer * inner], is normalised in place, group by group, and goes back.
+template <class T>
+void normalise_pieces(const Normalization<T>& p, int64_t g, int64_t count, T* scratch) {
+  const int64_t n = p.outer * p.inner, all = n * p.groups, stretch = count * p.inner, stride = p.groups * p.inner;
+  T *line = scratch + 3 * n, *values = line + kNormalizationStretch, *tangents = values + count * n;
+  // row o of the groups to where it lies among those of a group, and back
+  const auto take = [&](int64_t o, const T* from, T* to) {
+    copy_pieces(count, p.inner, from, p.inner, to + o * p.inner, n);
+  };
+  const auto give = [&](int64_t o, const T* from, T* to) {
+    copy_pieces(count, p.inner, from + o * p.inner, n, to, p.inner);
+  };
+  const bool moved = p.dx != nullptr || p.low_dx != nullptr;
+  for (int64_t o = 0; o < p.outer; ++o) {
+    const int64_t at = o * stride + g * p.inner;
+    take(o, p.x + at, values);
+    for (int64_t i = 0; moved && i < p.k; ++i) {
+      if (p.low_dx != nullptr) widen_row(p.low_dx + i * all + at, stretch, line);
+      take(o, p.low_dx != nullptr ? line : p.dx + i * all + at, tangents + i * count * n);
+    }
+  }
+  for (int64_t c = 0; c < count; ++c) {
+    T *x = values + c * n, *dx = tangents + c * n;
+    normalise_group(p, g + c, {1, n, n, count * n, x, moved ? dx : nullptr, x, dx, nullptr, nullptr}, scratch);
+  }
+  for (int64_t o = 0; o < p.outer; ++o) {
+    const int64_t at = o * stride + g * p.inner;
+    give(o, values, p.y + at);
+    for (int64_t i = 0; i < p.k; ++i) {
+      give(o, tangents + i * count * n, p.low_dy != nullptr ? line : p.dy + i * all + at);
+      if (p.low_dy != nullptr) narrow_row(line, stretch, p.low_dy + i * all + at);
+    }
+  }
+}
+
+template <class T>
+void normalise_groups(const Normalization<T>& p, int64_t from, int64_t to, T* scratch) {
+  const int64_t n = p.outer * p.inner, each = in_pieces(p) ? taken_together(p) : 1;
+  for (int64_t g = from; g < to; g += each) {
+    if (in_pieces(p)) {
+      normalise_pieces(p, g, to - g < each ? to - g : each, scratch);
+      continue;
+    }
+    const int64_t at = g * p.inner;
+    normalise_group(p, g,
+                    {p.outer, p.inner, p.groups * p.inner, n * p.groups, p.x + at,
+                     p.dx == nullptr ? nullptr : p.dx + at, p.y + at, p.dy == nullptr ? nullptr : p.dy + at,
+                     p.low_dx == nullptr ? nullptr : p.low_dx + at, p.low_dy == nullptr ? nullptr : p.low_dy + at},
+                    scratch);
   }
 }
 

@@ -246,17 +246,18 @@ void normalise_pieces(const Normalization<T>& p, int64_t g, int64_t count, T* sc
 
 template <class T>
 void normalise_groups(const Normalization<T>& p, int64_t from, int64_t to, T* scratch) {
-  const int64_t n = p.outer * p.inner, each = in_pieces(p) ? taken_together(p) : 1;
-  for (int64_t g = from; g < to; g += each) {
-    if (in_pieces(p)) {
-      normalise_pieces(p, g, to - g < each ? to - g : each, scratch);
-      continue;
-    }
+  if (in_pieces(p)) {
+    const int64_t each = taken_together(p);
+    for (int64_t g = from; g < to; g += each) normalise_pieces(p, g, to - g < each ? to - g : each, scratch);
+    return;
+  }
+  const auto moved = [](auto* data, int64_t by) { return data == nullptr ? nullptr : data + by; };
+  const int64_t stride = p.groups * p.inner;
+  for (int64_t g = from; g < to; ++g) {
     const int64_t at = g * p.inner;
     normalise_group(p, g,
-                    {p.outer, p.inner, p.groups * p.inner, n * p.groups, p.x + at,
-                     p.dx == nullptr ? nullptr : p.dx + at, p.y + at, p.dy == nullptr ? nullptr : p.dy + at,
-                     p.low_dx == nullptr ? nullptr : p.low_dx + at, p.low_dy == nullptr ? nullptr : p.low_dy + at},
+                    {p.outer, p.inner, stride, p.outer * stride, p.x + at, moved(p.dx, at), p.y + at, moved(p.dy, at),
+                     moved(p.low_dx, at), moved(p.low_dy, at)},
                     scratch);
   }
 }

@@ -119,6 +119,11 @@ def linear_jvp(
 
 
 @_fake
+def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@_fake
 def linear_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     return gradient.new_empty((gradient.shape[1], x.shape[1]))
 

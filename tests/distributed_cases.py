@@ -32,11 +32,6 @@ def data(step: int, rows: int = ROWS, shape=(1, 6, 6), classes: int = 5) -> tupl
     return x, torch.randint(0, classes, (rows,), generator=generator)
 
 
-def double_data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x, y = data(step)
-    return x.double(), y
-
-
 def estimator(model: nn.Module, **options) -> frog.ForwardGradient:
     return frog.ForwardGradient(model, nn.CrossEntropyLoss(reduction="none"), **({"k": 5, "seed": 3} | options))
 
@@ -89,10 +84,18 @@ def case_weight_slices_of_other_tangents():
         same(perturb="weight", combine="slices", tangents=tangents, aggregate="mean", steps=2)
 
 
-def case_low_rank_tangents_to_rounding():
-    """Their factors are multiplied by the library, whose order of sums depends on how many there are."""
-    for combine in ("replay", "slices"):
-        same(lambda seed=0: net(seed).double(), double_data, combine, 2, 1e-12, perturb="weight", tangents=LowRank(2))
+def case_low_rank_tangents():
+    for rank in (1, 2):
+        for combine in ("replay", "slices"):
+            same(combine=combine, steps=2, perturb="weight", tangents=LowRank(rank))
+    same(functools.partial(image_net, "lenet5"), image_data, steps=1, perturb="weight", tangents=LowRank(1))
+
+
+def case_few_rows():
+    """Libraries multiply fewer than 8 rows in another order."""
+    for rows in (1, 3):
+        for perturb in ("weight", "activity"):
+            same(batch=functools.partial(data, rows=rows), perturb=perturb, steps=2)
 
 
 def case_guided_tangents():

@@ -187,6 +187,10 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
             dict(mean=_rand(7), var=_rand(7), outer=5, groups=7, weight_groups=7, centred=True, eps=1e-5),
         )
     ],
+    "linear_rows": lambda dtype: [
+        dict(x=_rand(5, 7, dtype=dtype), weight=_rand(3, 7, dtype=dtype)),
+        dict(x=_rand(7, 2, 5, dtype=dtype).movedim(0, -1), weight=_rand(7, 3, dtype=dtype).T),
+    ],
     "linear_gradient": lambda dtype: [
         dict(gradient=_rand(5, 7, dtype=dtype), x=_rand(5, 3, dtype=dtype)),
         dict(gradient=_rand(7, 5, dtype=dtype).T, x=_rand(3, 5, dtype=dtype).T),

@@ -1,4 +1,4 @@
-// Arguments of linear_jvp and linear_gradient, checked alike on every device.
+// Arguments of linear_jvp, linear_rows and linear_gradient, checked alike on every device.
 #pragma once
 
 #include "pointwise.h"
@@ -92,6 +92,14 @@ inline LinearSizes check_linear(const char* op, const LinearArguments& a) {
     if (a.bias_offset) check_range(op, s.out, *a.bias_offset, "bias_offset");
   }
   return s;
+}
+
+inline void check_linear_rows(const char* op, const Tensor& x, const Tensor& weight) {
+  check_floating(op, "x", x);
+  check_dtype(op, "weight", weight, x.scalar_type());
+  STD_TORCH_CHECK(weight.dim() == 2, op, ": weight has shape ", shape_string(weight), ", expected (out, in)");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) == weight.size(1), op, ": x has shape ", shape_string(x),
+                  ", expected (*, ", weight.size(1), ")");
 }
 
 inline void check_linear_gradient(const char* op, const Tensor& gradient, const Tensor& x) {

@@ -1,8 +1,9 @@
 // linear_jvp: y = act(x W^T + b) and k tangents dy_i = act'(.) (dx_i W^T + x dW_i^T + db_i + v_i).
 //
 // Incoming tangents fold k into the batch: the weight is read and packed once for the primal and all tangents, and sums
-// start from bias, sampled bias tangents or activity tangents (product.h). Few rows, and machines without vector
-// kernels, take the library's GEMM. y and dy are allocated next to each other for the next layer's sake.
+// start from bias, sampled bias tangents or activity tangents (product.h). Few rows without tangents, and
+// machines without vector kernels, take the library's GEMM. y and dy are allocated next to each other for the next
+// layer's sake.
 //
 // bfloat16 tangents of a float32 layer take the library's product where the machine has instructions for it: it sums in
 // float32 and rounds once, at a quarter of the cost.
@@ -279,7 +280,8 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
   const T* x = static_cast<const T*>(a.x.const_data_ptr());
   const T* dx = a.dx ? static_cast<const T*>(a.dx->const_data_ptr()) : nullptr;
   const int64_t multiplied = dx ? (1 + k) * rows : rows;  // rows of the buffer that a product fills
-  if (tile_pays<T>(multiplied)) {
+  // With dx, the number of rows tells how many tangents there are, and no bit may depend on that
+  if (dx ? has_tile<T>() : tile_pays<T>(multiplied)) {
     const T* w = static_cast<const T*>(a.weight.const_data_ptr());
     std::vector<Rows<T>> pieces{{x, 0, rows}};
     if (dx == x + rows * in) {
@@ -373,6 +375,38 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   return {to_dtype(y, x.scalar_type()), to_dtype(dy, dx ? dx->scalar_type() : x.scalar_type()), gram_matrix};
 }
 
+// x [*, in], weight [out, in] -> x weight^T, the sums of a row in the same order however many rows there are.
+Tensor linear_rows(const Tensor& x, const Tensor& weight) {
+  const char* op = "linear_rows";
+  check_cpu(op, "x", x);
+  check_cpu(op, "weight", weight);
+  check_linear_rows(op, x, weight);
+  std::vector<int64_t> shape = shape_of(x);
+  const int64_t in = shape.back(), out = weight.size(0);
+  int64_t rows = 1;
+  for (size_t j = 0; j + 1 < shape.size(); ++j) rows *= shape[j];
+  shape.back() = out;
+  const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor a = torch::stable::view(*prepare(x, compute), {rows, in}), w = *prepare(weight, compute);
+  Tensor y = new_tensor(x, {rows, out}, compute);
+  const auto multiply = [&](auto zero) {
+    using T = decltype(zero);
+    if (!has_tile<T>()) {
+      mm_out(y, a, torch::stable::transpose(w, 0, 1));
+      return;
+    }
+    product<T>({{static_cast<const T*>(a.const_data_ptr()), 0, rows}}, in, static_cast<const T*>(w.const_data_ptr()),
+               out, static_cast<T*>(y.mutable_data_ptr()),
+               [](int64_t, int64_t, int64_t n, T* to) { std::fill(to, to + n, T(0)); });
+  };
+  if (compute == ScalarType::Double) {
+    multiply(double{});
+  } else {
+    multiply(float{});
+  }
+  return to_dtype(torch::stable::view(y, shape), x.scalar_type());
+}
+
 // gradient [r, out], x [r, in] -> gradient^T x, into memory that is used again: fresh pages for the gradient of a large
 // layer cost more than a product of few rows. Many rows take the library's product.
 Tensor linear_gradient(const Tensor& gradient, const Tensor& x) {
@@ -399,6 +433,7 @@ Tensor linear_gradient(const Tensor& gradient, const Tensor& x) {
 
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
   m.impl("linear_jvp", TORCH_BOX(&linear_jvp));
+  m.impl("linear_rows", TORCH_BOX(&linear_rows));
   m.impl("linear_gradient", TORCH_BOX(&linear_gradient));
 }
 

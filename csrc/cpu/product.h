@@ -3,29 +3,16 @@
 // at a batch of 64 rows, writes a gradient of few rows at a quarter of the memory's speed, and knows nothing of what
 // the sums should start from.
 //
-// Sums run over the inner dimension in order, whatever the number of threads.
+// Sums run over the inner dimension in order, whatever the number of threads and of rows. The library's order depends
+// on the number of rows.
 #pragma once
 
 #include "draw.h"
+#include "scratch.h"
 
 namespace frog {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-/// Uninitialised memory for a thread's own use, from the pool.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : piece_(Pool::get().take(std::max<int64_t>(1, count) * sizeof(T))) {}
-  ~Scratch() { Pool::get().give(piece_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* data() { return reinterpret_cast<T*>(piece_->data); }
-  const T* data() const { return reinterpret_cast<const T*>(piece_->data); }
-
- private:
-  Pool::Piece* piece_;
-};
 
 // The table's entries by element type.
 template <class T>
@@ -51,12 +38,17 @@ inline void pack(const double* x, int64_t ld, int64_t rows, int64_t count, int64
   simd().pack_f64(x, ld, rows, count, width, xt);
 }
 
-/// Whether `product` is the faster way for so many rows: below, packing the weight costs more than it gains; on one
-/// vector of accumulators the tile has no advantage.
+/// Whether there is a register tile of several vectors; on one vector of accumulators `product` has no advantage.
+template <class T>
+inline bool has_tile() {
+  return panel_width<T>() > vector_width<T>();
+}
+
+/// Whether `product` is the faster way for so many rows: below, packing the weight costs more than it gains.
 template <class T>
 inline bool tile_pays(int64_t rows) {
   constexpr int64_t kFewest = 16;
-  return rows >= kFewest && panel_width<T>() > vector_width<T>();
+  return rows >= kFewest && has_tile<T>();
 }
 
 /// Rows of a left-hand side that lie together: a [count, in] are the rows first .. first + count of the result.
@@ -67,46 +59,47 @@ struct Rows {
 };
 
 /// c [*, out] = start + a w^T for a [*, in] in one or more pieces and w [out, in]; start(row, o, n, to) writes the n
-/// values that the sums of a row start from at column o. With few rows, a thread packs a panel of w and takes all rows
+/// values that the sums of a row start from at column o. With few rows, a thread packs a panel of w and takes its rows
 /// through it; with many, w is packed once as a whole and a thread takes a block of rows, which stays in second-level
 /// cache, through all panels, so that a comes from memory once and not once for every panel.
 template <class T, class Start>
 void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t out, T* c, const Start& start) {
-  constexpr int64_t kRows = 32 * kTileRows;    // rows of a task
+  constexpr int64_t kBlock = 32;  // strips of kTileRows rows that stay in second-level cache
+  constexpr int64_t kManyStrips = 16 * kBlock;
   constexpr int64_t kDepth = 1024;             // of a packed panel, which stays in second-level cache
   constexpr int64_t kWork = int64_t{1} << 18;  // multiplications that are worth a thread
-  constexpr int64_t kManyBlocks = 16;
-  std::vector<Rows<T>> blocks;
-  for (const Rows<T>& piece : pieces) {
-    for (int64_t r = 0; r < piece.count; r += kRows) {
-      blocks.push_back({piece.a + r * in, piece.first + r, std::min(kRows, piece.count - r)});
-    }
-  }
+  int64_t strips = 0;                          // of all pieces, numbered one after the other
+  for (const Rows<T>& piece : pieces) strips += ceil_div(piece.count, kTileRows);
   const int64_t panel = panel_width<T>(), vector = vector_width<T>(), depth = std::clamp<int64_t>(in, 1, kDepth);
-  const int64_t count = static_cast<int64_t>(blocks.size()), panels = ceil_div(out, panel);
+  const int64_t panels = ceil_div(out, panel), vectors = ceil_div(out, vector);
   const auto width_of = [&](int64_t p) { return ceil_div(std::min(panel, out - p * panel), vector) * vector; };
-  // a block through columns i0 .. i0 + n of panel p, which `packed` holds; edge [kTileRows, panel], zeros at first
-  const auto multiply = [&](const Rows<T>& block, int64_t p, int64_t i0, int64_t n, const T* packed, T* edge) {
+  // strips first .. last through columns i0 .. i0 + n of panel p, which `packed` holds; edge [kTileRows, panel], zeros
+  // at first
+  const auto multiply = [&](int64_t first, int64_t last, int64_t p, int64_t i0, int64_t n, const T* packed, T* edge) {
     const int64_t o = p * panel, live = std::min(panel, out - o), width = width_of(p);
-    for (int64_t r = 0; r < block.count; r += kTileRows) {
-      const int64_t rows = std::min(kTileRows, block.count - r);
-      T* target = c + (block.first + r) * out + o;
-      T* acc = live == width ? target : edge;  // the tile writes whole vectors
-      const int64_t ld = live == width ? out : panel;
-      for (int64_t j = 0; j < rows; ++j) {
-        if (i0 == 0) {
-          start(block.first + r + j, o, live, acc + j * ld);
-        } else if (acc != target) {
-          std::copy(target + j * out, target + j * out + live, acc + j * ld);
+    for (const Rows<T>& piece : pieces) {
+      const int64_t here = ceil_div(piece.count, kTileRows);
+      for (int64_t s = std::max<int64_t>(first, 0); s < std::min(last, here); ++s) {
+        const int64_t r = s * kTileRows, rows = std::min(kTileRows, piece.count - r);
+        T* target = c + (piece.first + r) * out + o;
+        T* acc = live == width ? target : edge;  // the tile writes whole vectors
+        const int64_t ld = live == width ? out : panel;
+        for (int64_t j = 0; j < rows; ++j) {
+          if (i0 == 0) {
+            start(piece.first + r + j, o, live, acc + j * ld);
+          } else if (acc != target) {
+            std::copy(target + j * out, target + j * out + live, acc + j * ld);
+          }
+        }
+        tile(packed, width, piece.a + r * in + i0, in, rows, n, acc, ld, false);
+        for (int64_t j = 0; acc != target && j < rows; ++j) {
+          std::copy(acc + j * ld, acc + j * ld + live, target + j * out);
         }
       }
-      tile(packed, width, block.a + r * in + i0, in, rows, n, acc, ld, false);
-      for (int64_t j = 0; acc != target && j < rows; ++j) {
-        std::copy(acc + j * ld, acc + j * ld + live, target + j * out);
-      }
+      first -= here, last -= here;
     }
   };
-  if (count >= kManyBlocks) {
+  if (strips >= kManyStrips) {
     Scratch<T> packed(panels * panel * in);
     torch::stable::parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
       for (int64_t p = from; p < to; ++p) {
@@ -114,30 +107,34 @@ void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t
         pack(rows, in, std::min(panel, out - p * panel), in, width_of(p), packed.data() + p * panel * in);
       }
     });
-    torch::stable::parallel_for(0, count, 1, [&](int64_t from, int64_t to) {
+    torch::stable::parallel_for(0, strips, kBlock, [&](int64_t from, int64_t to) {
       Scratch<T> edge(kTileRows * panel);
       std::fill(edge.data(), edge.data() + kTileRows * panel, T(0));
-      for (int64_t b = from; b < to; ++b) {
+      for (int64_t s = from; s < to; s += kBlock) {
         for (int64_t p = 0; p < panels; ++p) {
           for (int64_t i0 = 0; i0 == 0 || i0 < in; i0 += depth) {
             const T* part = packed.data() + p * panel * in + i0 * width_of(p);
-            multiply(blocks[b], p, i0, std::min(depth, in - i0), part, edge.data());
+            multiply(s, std::min(to, s + kBlock), p, i0, std::min(depth, in - i0), part, edge.data());
           }
         }
       }
     });
     return;
   }
-  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, kRows * panel * in));
-  torch::stable::parallel_for(0, count * panels, grain, [&](int64_t from, int64_t to) {
+  // A unit of work is a strip times a vector of columns, so that threads get equal shares though panels differ in width
+  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, kTileRows * vector * in));
+  torch::stable::parallel_for(0, strips * vectors, grain, [&](int64_t from, int64_t to) {
     Scratch<T> packed(panel * depth), edge(kTileRows * panel);
     std::fill(edge.data(), edge.data() + kTileRows * panel, T(0));
-    for (int64_t p = from / count; p * count < to; ++p) {
-      const int64_t first = std::max(from - p * count, int64_t{0}), last = std::min(to - p * count, count);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t before = p * (panel / vector) * strips, units = width_of(p) / vector;
+      const int64_t first = ceil_div(std::max<int64_t>(from - before, 0), units);
+      const int64_t last = std::min(strips, ceil_div(to - before, units));
+      if (first >= last) continue;
       for (int64_t i0 = 0; i0 == 0 || i0 < in; i0 += depth) {
         const int64_t n = std::min(depth, in - i0);
         pack(w + p * panel * in + i0, in, std::min(panel, out - p * panel), n, width_of(p), packed.data());
-        for (int64_t b = first; b < last; ++b) multiply(blocks[b], p, i0, n, packed.data(), edge.data());
+        multiply(first, last, p, i0, n, packed.data(), edge.data());
       }
     }
   });

@@ -1,6 +1,7 @@
 // Drawing tangents, their Gram matrix and their linear combinations; nothing of size k x n is stored unless it is the
 // result.
 #include "blocks.h"
+#include "scratch.h"
 
 namespace frog {
 namespace {
@@ -10,6 +11,7 @@ namespace {
 constexpr int64_t kGramParts = 64;
 // Bytes of tangents that are drawn at a time for a Gram matrix; stays in the second-level cache.
 constexpr int64_t kGramScratch = 128 * 1024;
+constexpr int64_t kGramWork = 65536;  // multiplications, drawing counted as 8 a tangent, that are worth a thread
 
 Tensor sample_tangents(const Tensor& state, int64_t k, int64_t numel, int64_t offset, int64_t first,
                        int64_t distribution, ScalarType dtype) {
@@ -46,7 +48,8 @@ Tensor gram_in_parts(const Tensor& like, int64_t k, int64_t begin, int64_t n, in
   const int64_t low = begin / align, high = (end + align - 1) / align;  // in units of align
   const int64_t parts = std::max<int64_t>(1, std::min(kGramParts, high - low));
   std::vector<double> partials(parts * k * k, 0.0);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t a, int64_t b) {
+  const int64_t grain = parts * kGramWork / std::max<int64_t>(1, n * k * (k + 8));
+  torch::stable::parallel_for(0, parts, std::max<int64_t>(1, grain), [&](int64_t a, int64_t b) {
     for (int64_t p = a; p < b; ++p) {
       const int64_t from = std::max(begin, (low + (high - low) * p / parts) * align);
       const int64_t to = std::min(end, (low + (high - low) * (p + 1) / parts) * align);
@@ -60,8 +63,9 @@ Tensor gram_in_parts(const Tensor& like, int64_t k, int64_t begin, int64_t n, in
 // Of normal tangents; their products need double.
 void drawn_gram(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, double* out) {
   constexpr int64_t kBytes = sizeof(double) * kNormalGroup;
-  const int64_t block = std::max<int64_t>(1, kGramScratch / (k * kBytes)) * kNormalGroup;
-  std::vector<double> drawn(k * block);
+  const int64_t fitting = std::max<int64_t>(1, kGramScratch / (k * kBytes)) * kNormalGroup;
+  const int64_t block = std::min(fitting, (count / kNormalGroup + 2) * kNormalGroup);  // groups that begin in the range
+  Scratch<double> drawn(k * block);
   for (int64_t at = start; at < start + count;) {
     const int64_t n = std::min((at / kNormalGroup) * kNormalGroup + block, start + count) - at;
     draw(spec, k, at, n, drawn.data(), block);
@@ -108,12 +112,13 @@ Tensor gram_of(const Tensor& tangents_) {
       if constexpr (std::is_same_v<T, double>) {
         gram(data + start, k, count, n, partial);
       } else {
-        const int64_t block = std::max<int64_t>(64, kGramScratch / (k * static_cast<int64_t>(sizeof(double))));
-        std::vector<double> wide(k * block);
+        const int64_t fitting = std::max<int64_t>(64, kGramScratch / (k * static_cast<int64_t>(sizeof(double))));
+        const int64_t block = std::min(fitting, count);
+        Scratch<double> wide(k * block);
         for (int64_t at = start; at < start + count; at += block) {
           const int64_t m = std::min(block, start + count - at);
           for (int64_t i = 0; i < k; ++i) {
-            for (int64_t j = 0; j < m; ++j) wide[i * block + j] = static_cast<double>(data[i * n + at + j]);
+            for (int64_t j = 0; j < m; ++j) wide.data()[i * block + j] = static_cast<double>(data[i * n + at + j]);
           }
           gram(wide.data(), k, m, block, partial);
         }

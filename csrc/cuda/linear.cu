@@ -163,6 +163,22 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   return {torch::stable::view(y, s.y_shape), torch::stable::view(*dy, s.dy_shape), gram};
 }
 
+// The library's order of sums may depend on the number of rows here; on CPUs it does not (csrc/cpu/linear.cpp).
+Tensor linear_rows(const Tensor& x, const Tensor& weight) {
+  const char* op = "linear_rows";
+  check_same_device(op, "weight", weight, x);
+  check_linear_rows(op, x, weight);
+  const OnDevice current(x);
+  std::vector<int64_t> shape = shape_of(x);
+  const int64_t in_ = shape.back(), out_ = weight.size(0);
+  int64_t rows = 1;
+  for (size_t j = 0; j + 1 < shape.size(); ++j) rows *= shape[j];
+  shape.back() = out_;
+  Tensor y = new_on(x, {rows, out_}, x.scalar_type());
+  mm_out(y, torch::stable::view(torch::stable::contiguous(x), {rows, in_}), torch::stable::transpose(weight, 0, 1));
+  return torch::stable::view(y, shape);
+}
+
 Tensor linear_gradient(const Tensor& gradient, const Tensor& x) {
   const char* op = "linear_gradient";
   check_same_device(op, "gradient", gradient, x);
@@ -176,6 +192,7 @@ Tensor linear_gradient(const Tensor& gradient, const Tensor& x) {
 
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CUDA, m) {
   m.impl("linear_jvp", TORCH_BOX(&linear_jvp));
+  m.impl("linear_rows", TORCH_BOX(&linear_rows));
   m.impl("linear_gradient", TORCH_BOX(&linear_gradient));
 }
 

@@ -14,7 +14,7 @@ from .. import _autograd, _load
 from .attention import attention_jvp
 from .convolution import convolution_jvp, sampled_convolution_
 from .embedding import embedding_jvp
-from .linear import linear_gradient, linear_jvp
+from .linear import linear_gradient, linear_jvp, linear_rows
 from .losses import bce_jvp, cross_entropy_jvp, mse_jvp
 from .normalization import normalization_jvp
 from .pointwise import POINTWISE, pointwise_jvp
@@ -50,6 +50,7 @@ __all__ = [
     "gram",
     "linear_gradient",
     "linear_jvp",
+    "linear_rows",
     "log_softmax_jvp",
     "max_pool_jvp",
     "mse_jvp",

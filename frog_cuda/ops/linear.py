@@ -1,4 +1,4 @@
-"""Linear layers: value and k tangents, and the gradient of a weight."""
+"""Linear layers: value and k tangents, single products, and the gradient of a weight."""
 
 from __future__ import annotations
 
@@ -69,6 +69,22 @@ def linear_jvp(
             beta,
             want_gram,
         )
+
+
+def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T``, where a row's result does not depend on how many rows there are.
+
+    A library's order of sums may depend on that, and then tells in the last bits how many tangents go through a layer
+    together. The promise is kept on CPUs with AVX2 or AVX-512; elsewhere this is the library's product.
+
+    Arguments:
+        x: ``(*, in)``.  weight: ``(out, in)``, the same dtype. Low precision is summed in float32 and rounded once.
+    Returns:
+        ``(*, out)``.
+    """
+    _guard("linear_rows", x, weight)
+    with _AutoDispatchBelowAutograd():
+        return _ops.linear_rows(x, weight)
 
 
 def linear_gradient(gradient: Tensor, x: Tensor) -> Tensor:

@@ -64,6 +64,11 @@ def linear_jvp(
     return y, slope * dz, total
 
 
+def linear_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """``x weight^T``."""
+    return x.double() @ weight.double().T
+
+
 def linear_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """``gradient^T x``."""
     return gradient.double().T @ x.double()

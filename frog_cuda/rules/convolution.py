@@ -18,7 +18,7 @@ from .. import ops
 from ..dual import DualTensor, SampledTangents, aten, draw, primal_of, rule
 from ..low_rank import Factors
 from ..one_place import OnePlace, one_place
-from .helpers import FUSED_DTYPES, common_k, low_dtype, parts, wrap
+from .helpers import FUSED_DTYPES, common_k, low_dtype, parts, rows_times, wrap
 
 _aten = torch.ops.aten
 _convolution_jvp = torch.ops.frog_cuda.convolution_jvp.default
@@ -169,10 +169,12 @@ def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, o
     x = primal_of(input).to(factors.dtype)
     right = factors.right.view(k * r, *factors.shape[1:])
     place = one_place(x.shape[2:], right, *options[:3]) if x.is_cpu else None
-    if place is None:
-        inner = func(x, right, None, *options)  # (B, k r, *s)
+    if place is not None:
+        inner = rows_times(place.rows(x), place.matrix(right)).view(x.shape[0], k * r, *(1,) * (x.dim() - 2))
+    elif k * r == 1 and x.is_cpu:  # libraries take another path for a single filter, whose bits would tell
+        inner = func(x, right.expand(2, *right.shape[1:]), None, *options)[:, :1]
     else:
-        inner = F.linear(place.rows(x), place.matrix(right)).view(x.shape[0], k * r, *(1,) * (x.dim() - 2))
+        inner = func(x, right, None, *options)  # (B, k r, *s)
     inner = inner.unflatten(1, (k, r)).transpose(0, 1)  # (k, B, r, *s)
     if plain:
         moved = inner.new_zeros((k, *out.shape))

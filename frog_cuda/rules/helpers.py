@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..dual import DualTensor, _k_mismatch, _make
 
+_linear_rows = torch.ops.frog_cuda.linear_rows.default
+
 #: dtypes the compiled operators take
 FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -75,6 +77,14 @@ def full(tangents: Tensor, out: Tensor) -> Tensor:
 def shift(dim: int, ndim: int) -> int:
     """The axis of the tangents that belongs to axis ``dim`` of a primal with ``ndim`` >= 1 axes."""
     return dim + ndim + 1 if dim < 0 else dim + 1
+
+
+def rows_times(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows weight^T`` in the dtype of ``rows`` (*, in): on CPUs by the operator whose bits do not tell how many rows, and with
+    that how many tangents, there are."""
+    if rows.is_cpu:
+        return _linear_rows(rows.to(weight.dtype), weight).to(rows.dtype)
+    return torch.matmul(rows, weight.t().to(rows.dtype))
 
 
 def all_dims(x: Tensor) -> list[int]:

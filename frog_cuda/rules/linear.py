@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..dual import DualTensor, SampledTangents, _k_mismatch, _make, aten, rule
 from ..low_rank import Factors
-from .helpers import FUSED_DTYPES
+from .helpers import FUSED_DTYPES, rows_times
 
 # Rules run below autograd on plain tensors, so the guards of the public face have nothing to find here.
 _linear_jvp = torch.ops.frog_cuda.linear_jvp.default
@@ -61,7 +61,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         # precision that takes another pass over the product, so one over the input is better where it is narrower.
         narrower = activity.dtype is not x.dtype and dx is not None and w.shape[1] < w.shape[0]
         if 2 <= activity.dim() < x.dim() + 1 and not narrower:
-            activity = _rows_times(activity, w.t().to(activity.dtype))
+            activity = rows_times(activity, w)
         else:
             dx, activity = input.tangents, None
     # A single draw serves both parameters where they come from the same set of tangents
@@ -124,24 +124,24 @@ def _low_rank(input: Any, weight: Tensor, factors: Factors, bias: Any) -> Any:
     factors.touch()
     x = (input._primal if type(input) is DualTensor else input).to(factors.dtype)
     rows = x.reshape(-1, x.shape[-1])  # (R, in)
-    inner = (rows @ factors.right.flatten(0, 1).t()).view(-1, k, r).transpose(0, 1)  # (k, R, r)
+    inner = rows_times(rows, factors.right.flatten(0, 1)).view(-1, k, r).transpose(0, 1)  # (k, R, r)
     if type(out) is not DualTensor:
-        moved = torch.bmm(inner, factors.left).mul_(factors.scale)
+        moved = torch.bmm(*_several(inner, factors.left))[:k].mul_(factors.scale)
         return _make(out, moved.view(k, *out.shape), k)
     moved = out.tangents.view(k, -1, out.shape[-1])  # (k, R, out)
+    inner, left = inner.to(moved.dtype), factors.left.to(moved.dtype)
     if r == 1:  # one pass over the result, where a product with inner dimension 1 would take several
-        moved.addcmul_(inner.to(moved.dtype), factors.left.to(moved.dtype))
+        moved.addcmul_(inner, left)
+    elif k == 1 and moved.is_cpu:
+        moved.copy_(torch.baddbmm(*_several(moved, inner, left), alpha=factors.scale)[:1])
     else:
-        moved.baddbmm_(inner.to(moved.dtype), factors.left.to(moved.dtype), alpha=factors.scale)
+        moved.baddbmm_(inner, left, alpha=factors.scale)
     return out
 
 
-def _rows_times(rows: Tensor, w: Tensor) -> Tensor:
-    """``rows @ w``. Libraries multiply up to three rows in another order: a tangent's bits would tell how many there are."""
-    count = rows.shape[0]
-    if rows.dim() != 2 or count > 3:
-        return torch.matmul(rows, w)
-    return torch.matmul(F.pad(rows, (0, 0, 0, 4 - count)), w)[:count]
+def _several(*tensors: Tensor) -> list[Tensor]:
+    """At least two matrices each, on CPUs: libraries take another path for a single one, whose bits would tell."""
+    return [t if len(t) > 1 or not t.is_cpu else t.expand(2, *t.shape[1:]) for t in tensors]
 
 
 def _same_set(a: SampledTangents, b: SampledTangents) -> bool:

@@ -38,8 +38,8 @@ class TangentParallel:
 
     Used as ``fg`` itself: ``loss = parallel(input, target)`` on every rank, then ``optimizer.step()`` on every rank; or
     ``parallel.derivatives(input, target)`` and ``parallel.update_(lr)``. All ranks end each step with the same parameters, to
-    the bit; on CPUs they are those of a single process (docs/distributed.md says where to rounding only). The process group comes
-    from ``torch.distributed.init_process_group``, as under torchrun.
+    the bit; on CPUs they are those of a single process (docs/distributed.md says where to rounding only). The process group
+    comes from ``torch.distributed.init_process_group``, as under torchrun.
 
     With a mesh (data, tangent), ranks of one data shard take the same batch, and other shards take other ones of the same size.
     Weight perturbation: the derivatives are averaged over the shards, k numbers. Activity perturbation: the layers' gradients

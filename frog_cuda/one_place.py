@@ -27,7 +27,7 @@ _MANY_IMAGES = 32
 
 @dataclass(frozen=True)
 class OnePlace:
-    """Which elements meet, one slice for each spatial axis."""
+    """Which elements meet, one slice for each spatial axis. There are m of them in a kernel."""
 
     kernel: tuple[slice, ...]
     image: tuple[slice, ...]
@@ -41,17 +41,22 @@ class OnePlace:
         return (..., *self.kernel)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Images (*, C, *s) as rows (*, C m)."""
-        return x[self.image_index].flatten(-len(self.image) - 1)
+        """Images (*, C, *s) as rows (*, m C)."""
+        return self._channels_last(x[self.image_index])
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Kernels (*, O, C, *t) as matrices (*, O, C m)."""
-        return weight[self.kernel_index].flatten(-len(self.kernel) - 1)
+        """Kernels (*, O, C, *t) as matrices (*, O, m C)."""
+        return self._channels_last(weight[self.kernel_index])
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        # As runs of C elements: gathering kernels in runs of two or three was measured to take ten times as long
+        first = -len(self.kernel) - 1
+        return x.movedim(first, -1).flatten(first)
 
     def spread(self, matrix: Tensor, weight: Tensor) -> Tensor:
-        """A gradient (O, C m) in the place of its elements of the weight, with zeros for the others."""
+        """A gradient (O, m C) in the place of its elements of the weight, with zeros for the others."""
         whole = _zeros(weight.shape, matrix.dtype)
-        part = whole[self.kernel_index]
+        part = whole[self.kernel_index].movedim(1, -1)
         part.copy_(matrix.view(part.shape))
         return whole
 

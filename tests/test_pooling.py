@@ -44,6 +44,8 @@ CASES = {
     "a line longer than a block": ((1, 1, 3, 9000), options([2, 3], [1, 2], [0, 1])),
     "3-D": ((2, 3, 4, 5, 6), options([2, 2, 2])),
     "3-D, mixed": ((1, 2, 6, 7, 8), options([3, 2, 3], [2, 1, 3], [1, 0, 1], [1, 2, 2], True)),
+    "3-D, windows of later lines begin earlier": ((1, 2, 5, 40, 40), options([4, 3, 3], 1, [2, 1, 1])),
+    "more planes than lanes": ((3, 11, 7, 6), options([3, 3], 2, 1)),
     "some windows nowhere": ((1, 2, 2, 1), options([2, 2], 1, 1, 2)),
     "3-D nowhere": ((1, 1, 1, 1, 2), options([2, 2, 2], 1, 1, 2)),
     "no leading axis": ((7, 6), options([3, 3], 2, 1)),

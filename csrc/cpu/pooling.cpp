@@ -1,103 +1,97 @@
 // max_pool_jvp: the largest element of every window, and of k tangents the elements at the same places.
 //
-// Floor: x and dx are read once, y and dy written once. The places of a run of windows stay in cache, from where they
-// are taken for all k tangents; as a tensor they exist only where they are asked for. A window's place is PyTorch's:
-// the first of its largest elements, or its last NaN.
+// Floor: x and dx are read once, y and dy written once. Neighbouring planes go side by side, one in each lane of a
+// vector: windows then are alike for all lanes, however short a line is. The places of a run of windows stay in cache,
+// from where they are taken for all k tangents; as a tensor they exist only where they are asked for. A window's place
+// is PyTorch's: the first of its largest elements, or its last NaN.
 #include "../arguments/pooling.h"
 
-#include <limits>
-
 #include "blocks.h"
+#include "product.h"
 
 namespace frog {
 namespace {
 
 constexpr const char* kOp = "max_pool_jvp";
-constexpr int64_t kWindows = 4096;  // whose places are held at a time, in first-level cache
-constexpr int32_t kNowhere = -1;    // the place of a window that lies in the padding
+constexpr int64_t kPositions = 4096;  // of a region of planes side by side, which stays in second-level cache
+constexpr int32_t kNowhere = -1;      // the place of a window that lies in the padding
 
 /// First position inside of a window that begins at `at`.
 int64_t first_inside(const PoolAxis& a, int64_t at) {
   return at >= 0 ? at : at + (-at + a.dilation - 1) / a.dilation * a.dilation;
 }
 
-/// Windows low .. high of an axis whose element i lies inside.
-struct Reach {
-  int64_t low, high;
-  Reach(const PoolAxis& a, int64_t i) {
-    const int64_t at = i * a.dilation - a.padding;  // in window 0
-    low = at >= 0 ? 0 : (-at + a.stride - 1) / a.stride;
-    high = at >= a.size ? 0 : std::min(a.count, (a.size - 1 - at) / a.stride + 1);
-  }
-};
+int64_t end_inside(const PoolAxis& a, int64_t at) { return std::min(a.size, at + a.kernel * a.dilation); }
 
-// Where windows are in a plane, as far as all planes share it.
+// Where windows are in a plane, as far as all planes share it. A line is a row of windows.
 struct Plan {
   const PoolSizes& sizes;
-  std::vector<int32_t> starts;  // [count] of the last axis: first position inside
-  std::vector<Reach> reach;     // [kernel] of the last axis
-  bool some_nowhere = false;    // dilated windows may have no element inside
+  bool some_nowhere = false;  // dilated windows may have no element inside
 
   explicit Plan(const PoolSizes& s) : sizes(s) {
-    const PoolAxis& last = s.axes[2];
-    for (int64_t j = 0; j < last.count; ++j) {
-      starts.push_back(static_cast<int32_t>(first_inside(last, j * last.stride - last.padding)));
-    }
-    for (int64_t i = 0; i < last.kernel; ++i) reach.emplace_back(last, i);
     for (const PoolAxis& a : s.axes) {
       for (int64_t j = 0; j < a.count; ++j) some_nowhere |= first_inside(a, j * a.stride - a.padding) >= a.size;
     }
   }
   int64_t lines() const { return sizes.axes[0].count * sizes.axes[1].count; }
+  int64_t front(int64_t line) const {
+    return line / sizes.axes[1].count * sizes.axes[0].stride - sizes.axes[0].padding;
+  }
+  int64_t top(int64_t line) const { return line % sizes.axes[1].count * sizes.axes[1].stride - sizes.axes[1].padding; }
+  /// Positions of a plane before which lines first .. first + count meet no element, and from which on they meet none.
+  /// Of overlapping windows a later one may begin earlier: padding and dilation shift where they come inside.
+  std::pair<int64_t, int64_t> region(int64_t first, int64_t count) const {
+    const auto& [depth, height, width] = sizes.axes;
+    int64_t begin = sizes.inputs(), end = 0;
+    for (int64_t line = first; line < first + count; ++line) {
+      const int64_t z0 = first_inside(depth, front(line)), z1 = end_inside(depth, front(line));
+      const int64_t y0 = first_inside(height, top(line)), y1 = end_inside(height, top(line));
+      if (z0 >= z1 || y0 >= y1) continue;
+      begin = std::min(begin, (z0 * height.size + y0) * width.size);
+      end = std::max(end, ((z1 - 1) * height.size + y1) * width.size);
+    }
+    return {std::min(begin, end), end};
+  }
 };
 
-/// The elements that windows low .. high have at `at` + j * step of a row, compared with the best so far. kStep: step
-/// where it is known beforehand, else 0.
-template <int kStep, class C>
-void compare(const C* __restrict row, int64_t at, int64_t step_, int32_t place, int64_t low, int64_t high,
-             C* __restrict best, int32_t* __restrict places) {
-  const int64_t step = kStep > 0 ? kStep : step_;
-  for (int64_t j = low; j < high; ++j) {
-    const C value = row[at + j * step], before = best[j];
-    const bool taken = value > before || value != value;
-    best[j] = taken ? value : before;
-    places[j] = taken ? place + static_cast<int32_t>(j * step) : places[j];
-  }
+template <class C>
+constexpr int64_t kLanes = kPoolBytes / sizeof(C);
+
+inline void largest(const float* region, const Window& window, float* best, int32_t* places) {
+  simd().largest_f32(region, window, best, places);
+}
+inline void largest(const double* region, const Window& window, double* best, int32_t* places) {
+  simd().largest_f64(region, window, best, places);
 }
 
-/// best and places [count] of a line of windows, number r of a plane's lines. row [size]: scratch.
+/// The windows of a line: best and places [count, kLanes]. region [positions, kLanes]: what planes side by side hold
+/// from position `begin` on.
 template <class C>
-void line_of_windows(const Plan& plan, const Source<C>& x, int64_t plane, int64_t r, C* row, C* best, int32_t* places) {
+void line_of_windows(const Plan& plan, const C* region, int64_t begin, int64_t line, C* best, int32_t* places) {
   const auto& [depth, height, width] = plan.sizes.axes;
-  const int64_t front = r / height.count * depth.stride - depth.padding;
-  const int64_t top = r % height.count * height.stride - height.padding;
-  const int64_t z0 = first_inside(depth, front), z1 = std::min(depth.size, front + depth.kernel * depth.dilation);
-  const int64_t y0 = first_inside(height, top), y1 = std::min(height.size, top + height.kernel * height.dilation);
+  const int64_t front = plan.front(line), top = plan.top(line);
+  const int64_t z = first_inside(depth, front), y = first_inside(height, top);
+  const auto inside = [](const PoolAxis& a, int64_t first, int64_t at) {
+    return std::max<int64_t>(0, ceil_div(end_inside(a, at) - first, a.dilation));
+  };
+  Window window{{inside(depth, z, front), inside(height, y, top), 0},
+                {depth.dilation * height.size * width.size, height.dilation * width.size, width.dilation},
+                0};
   for (int64_t j = 0; j < width.count; ++j) {
-    best[j] = -std::numeric_limits<C>::infinity();
-    places[j] = static_cast<int32_t>((z0 * height.size + y0) * width.size) + plan.starts[j];
-  }
-  const auto each = width.stride == 1 ? compare<1, C> : width.stride == 2 ? compare<2, C> : compare<0, C>;
-  for (int64_t z = z0; z < z1; z += depth.dilation) {
-    for (int64_t y = y0; y < y1; y += height.dilation) {
-      const int64_t at = (z * height.size + y) * width.size;
-      const C* elements = x.read(plane * plan.sizes.inputs() + at, width.size, row);
-      for (int64_t i = 0; i < width.kernel; ++i) {
-        const int64_t shift = i * width.dilation - width.padding;
-        each(elements, shift, width.stride, static_cast<int32_t>(at + shift), plan.reach[i].low, plan.reach[i].high,
-             best, places);
-      }
-    }
+    const int64_t left = j * width.stride - width.padding, x = first_inside(width, left);
+    window.counts[2] = inside(width, x, left);
+    window.place = (z * height.size + y) * width.size + x;
+    largest(region + (window.place - begin) * kLanes<C>, window, best + j * kLanes<C>, places + j * kLanes<C>);
   }
 }
 
 /// Marks the windows of a line that have no element inside.
 void mark_nowhere(const Plan& plan, int64_t r, int32_t* places) {
   const auto& [depth, height, width] = plan.sizes.axes;
-  const bool line = first_inside(depth, r / height.count * depth.stride - depth.padding) >= depth.size ||
-                    first_inside(height, r % height.count * height.stride - height.padding) >= height.size;
+  const bool line =
+      first_inside(depth, plan.front(r)) >= depth.size || first_inside(height, plan.top(r)) >= height.size;
   for (int64_t j = 0; j < width.count; ++j) {
-    if (line || plan.starts[j] >= width.size) places[j] = kNowhere;
+    if (line || first_inside(width, j * width.stride - width.padding) >= width.size) places[j] = kNowhere;
   }
 }
 
@@ -116,6 +110,7 @@ void take(const char* from, const int32_t* places, int64_t n, bool some_nowhere,
 // x [planes, *size], dx [k, planes, *size], indices [planes, *count] or null
 template <class C>
 void run(const PoolSizes& s, const Tensor& x_, const Tensor& dx, Tensor& y_, Tensor& dy, int64_t* indices) {
+  constexpr int64_t kWide = kLanes<C>;
   const Plan plan(s);
   const Source<C> x(x_);
   const Sink<C> y(y_);
@@ -123,28 +118,50 @@ void run(const PoolSizes& s, const Tensor& x_, const Tensor& dx, Tensor& y_, Ten
   const auto each = bytes == 8 ? take<uint64_t> : bytes == 4 ? take<uint32_t> : take<uint16_t>;
   const char* from = static_cast<const char*>(dx.const_data_ptr());
   char* to = static_cast<char*>(dy.mutable_data_ptr());
-  const PoolAxis& width = s.axes[2];
-  const int64_t inputs = s.inputs(), outputs = s.outputs(), lines = plan.lines();
-  const int64_t together = std::clamp<int64_t>(kWindows / width.count, 1, lines),
-                blocks = (lines + together - 1) / together;
-  const int64_t elements = s.axes[0].kernel * s.axes[1].kernel * width.kernel;  // of a window
-  const int64_t grain = std::max<int64_t>(1, kWork / (together * width.count * (elements + k)));
-  torch::stable::parallel_for(0, s.planes * blocks, grain, [&](int64_t begin, int64_t end) {
-    std::vector<C> row(x.direct() ? 0 : width.size), scratch(y.direct() ? 0 : together * width.count);
-    std::vector<int32_t> places(together * width.count);
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t plane = b / blocks, first = b % blocks * together, count = std::min(together, lines - first);
-      const int64_t n = count * width.count, at = plane * outputs + first * width.count;
-      C* best = y.place(at, scratch.data());
-      for (int64_t r = 0; r < count; ++r) {
-        line_of_windows(plan, x, plane, first + r, row.data(), best + r * width.count, &places[r * width.count]);
+  const int64_t inputs = s.inputs(), outputs = s.outputs(), lines = plan.lines(), width = s.axes[2].count;
+  // Lines of windows are taken together, about as many as have their elements in a region of kPositions
+  const auto [front, back] = plan.region(0, 1);
+  const int64_t step = std::max<int64_t>(1, (inputs - (back - front)) / std::max<int64_t>(1, lines - 1));
+  const int64_t together = std::clamp<int64_t>((kPositions - (back - front)) / step + 1, 1, lines);
+  const int64_t blocks = ceil_div(lines, together), groups = ceil_div(s.planes, kWide);
+  const int64_t elements = s.axes[0].kernel * s.axes[1].kernel * s.axes[2].kernel;  // of a window
+  const int64_t grain = std::max<int64_t>(1, kWork / (together * width * (elements + k) * kWide));
+  torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t first_task, int64_t last_task) {
+    const int64_t most = together * width;
+    std::vector<C> scratch(y.direct() ? 0 : most);
+    std::vector<int32_t> places(most);
+    Scratch<C> best(most * kWide);
+    Scratch<int32_t> found(most * kWide);
+    for (int64_t task = first_task; task < last_task; ++task) {
+      const int64_t first_plane = task / blocks * kWide, live = std::min(kWide, s.planes - first_plane);
+      const int64_t first = task % blocks * together, count = std::min(together, lines - first);
+      const auto [begin, end] = plan.region(first, count);
+      const int64_t positions = end - begin;
+      Scratch<C> region(positions * kWide), wide(x.direct() ? 0 : positions * kWide);
+      const C* planes = x.direct() ? x.read(first_plane * inputs + begin, positions, nullptr) : wide.data();
+      for (int64_t i = 0; !x.direct() && i < live; ++i) {
+        x.read((first_plane + i) * inputs + begin, positions, wide.data() + i * positions);
       }
-      y.finish(at, n, best);
-      if (indices) std::copy(places.begin(), places.begin() + n, indices + at);
-      for (int64_t r = 0; plan.some_nowhere && r < count; ++r) mark_nowhere(plan, first + r, &places[r * width.count]);
-      for (int64_t i = 0; i < k; ++i) {
-        each(from + (i * s.planes + plane) * inputs * bytes, places.data(), n, plan.some_nowhere,
-             to + (i * s.planes * outputs + at) * bytes);
+      pack(planes, x.direct() ? inputs : positions, live, positions, kWide, region.data());
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = r * width * kWide;
+        line_of_windows(plan, region.data(), begin, first + r, best.data() + at, found.data() + at);
+      }
+      const int64_t n = count * width;
+      for (int64_t i = 0; i < live; ++i) {
+        const int64_t plane = first_plane + i, at = plane * outputs + first * width;
+        C* result = y.place(at, scratch.data());
+        for (int64_t j = 0; j < n; ++j) {
+          result[j] = best.data()[j * kWide + i];
+          places[j] = found.data()[j * kWide + i];
+        }
+        y.finish(at, n, result);
+        if (indices) std::copy(places.begin(), places.begin() + n, indices + at);
+        for (int64_t r = 0; plan.some_nowhere && r < count; ++r) mark_nowhere(plan, first + r, &places[r * width]);
+        for (int64_t t = 0; t < k; ++t) {
+          each(from + (t * s.planes + plane) * inputs * bytes, places.data(), n, plan.some_nowhere,
+               to + (t * s.planes * outputs + at) * bytes);
+        }
       }
     }
   });

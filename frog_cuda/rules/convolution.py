@@ -176,11 +176,11 @@ def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, o
     else:
         inner = func(x, right, None, *options)  # (B, k r, *s)
     inner = inner.unflatten(1, (k, r)).transpose(0, 1)  # (k, B, r, *s)
+    spread = factors.left.view(k, r, 1, -1, *(1,) * (inner.dim() - 3))
+    first = 0
     if plain:
-        moved = inner.new_zeros((k, *out.shape))
-        out = wrap(out, moved, factors.dtype)
+        out, first = wrap(out, inner[:, :, :1] * spread[:, 0].mul(factors.scale), factors.dtype), 1
     moved = out.tangents
-    for j in range(r):
-        spread = factors.left[:, j].reshape(k, 1, -1, *(1,) * (inner.dim() - 3))
-        moved.addcmul_(inner[:, :, j : j + 1].to(moved.dtype), spread.to(moved.dtype), value=factors.scale)
+    for j in range(first, r):
+        moved.addcmul_(inner[:, :, j : j + 1].to(moved.dtype), spread[:, j].to(moved.dtype), value=factors.scale)
     return out

@@ -15,6 +15,7 @@
 #include "math_impl.h"
 #include "attention_impl.h"
 #include "normalization_impl.h"
+#include "pooling_impl.h"
 #include "kernels_impl.h"
 
 namespace frog {

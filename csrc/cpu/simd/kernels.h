@@ -54,6 +54,13 @@ struct Normalization {
   int64_t numel() const { return outer * groups * inner; }
 };
 
+/// Elements of a window that lie inside of a plane: along each of three axes how many, and how far apart.
+struct Window {
+  int64_t counts[3], steps[3];
+  int64_t place;  // of the first one
+};
+constexpr int64_t kPoolBytes = 64;  // of elements of planes side by side
+
 constexpr int64_t kSignWords = 16;  // of 64 bits, that hold the signs of a group
 
 struct SimdKernels {
@@ -94,6 +101,9 @@ struct SimdKernels {
   void (*normalise_f64)(const Normalization<double>& p, int64_t from, int64_t to, double* scratch);
   int64_t (*normalisation_scratch_f32)(const Normalization<float>& p);
   int64_t (*normalisation_scratch_f64)(const Normalization<double>& p);
+  // best and places [lanes] of a window, for as many planes as kPoolBytes hold; region [positions, lanes] begins at it
+  void (*largest_f32)(const float* region, const Window& window, float* best, int32_t* places);
+  void (*largest_f64)(const double* region, const Window& window, double* best, int32_t* places);
   int64_t vector_f32, vector_f64;  // elements of a vector register
   int64_t panel_f32, panel_f64;    // widest xt panel the tile kernel takes
 

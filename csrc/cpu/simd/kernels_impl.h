@@ -374,6 +374,8 @@ const SimdKernels kTable = {
     normalise_groups<double>,
     normalisation_scratch<float>,
     normalisation_scratch<double>,
+    largest<float>,
+    largest<double>,
     F32::kWidth,
     F64::kWidth,
     kTileVectors * F32::kWidth,

@@ -1,6 +1,7 @@
 """Convolutions with k = 4 tangents of the input or of the weight, beside what PyTorch offers, on the shapes of a ResNet.
 
-Weight tangents also beside a matrix product of all k with the unfolded input, which the k tangents share.
+Weight tangents also beside a matrix product of all k with the unfolded input, which the k tangents share. Convolutions with as
+few filters as tangents of low rank have.
 """
 
 from __future__ import annotations
@@ -104,6 +105,29 @@ def test_sampled_weight_tangents(shape: Shape, against_name: str, compare: Compa
     _check(ours(), shape.convolve(x.double(), w.double()), exact)
     if against_name == UNFOLDED:
         _check(against(), shape.convolve(x.double(), w.double()), exact)
+
+
+@pytest.mark.parametrize("filters", [1, 4, 16])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s.groups == 1], ids=lambda s: s.name)
+def test_few_filters(shape: Shape, filters: int, compare: Compare) -> None:
+    """The right factors of k tangents of rank 1 are k filters."""
+    x, w = shape.make()
+    w = w[:filters]
+    options = dict(stride=[shape.stride] * 2, padding=[shape.kernel // 2] * 2, dilation=[1, 1])
+
+    def ours() -> Tensor:
+        return frog.ops.narrow_convolution(x, w, **options)
+
+    compare(
+        ours,
+        lambda: shape.convolve(x, w),
+        table="op",
+        op="conv2d, few filters",
+        against_name="torch",
+        case=f"{shape.name}, {filters} filter{'s' * (filters > 1)}",
+    )
+    exact = shape.convolve(x.double(), w.double())
+    assert (ours() - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def _pytorch(

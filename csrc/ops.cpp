@@ -46,6 +46,7 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   m.def(
       "convolution_jvp(Tensor x, Tensor dx, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, "
       "bool transposed, int[] output_padding, int groups) -> (Tensor y, Tensor dy)");
+  m.def("narrow_convolution(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def(
       "sampled_convolution_(Tensor(a!) self, Tensor x, Tensor state, int[] kernel, int[] stride, int[] padding, int[] "
       "dilation, int offset, int first, int distribution, bool add) -> ()");

@@ -158,6 +158,12 @@ def convolution_jvp(
 
 
 @_fake
+def narrow_convolution(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    none = [0] * len(stride)
+    return x.new_empty(torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, none, 1).shape)
+
+
+@_fake
 def sampled_convolution_(
     self: Tensor,
     x: Tensor,

@@ -110,6 +110,16 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
         )
         for transposed in (False, True)
     ],
+    "narrow_convolution": lambda dtype: [
+        dict(
+            x=_rand(2, 4, 5, 6, dtype=dtype),
+            weight=_rand(3, 4, 3, 2, dtype=dtype),
+            stride=[2, 1],
+            padding=[1, 0],
+            dilation=[1, 2],
+        ),
+        dict(x=_rand(2, 6, 4, dtype=dtype).mT, weight=_rand(1, 4, 3, dtype=dtype), stride=[1], padding=[1], dilation=[1]),
+    ],
     "sampled_convolution_": lambda dtype: [
         dict(
             self=target,

@@ -1,7 +1,10 @@
-// Arguments of convolution_jvp and sampled_convolution_, checked alike on every device.
+// Arguments of convolution_jvp, narrow_convolution and sampled_convolution_, checked alike on every device.
 #pragma once
 
+#include <array>
+
 #include "tangents.h"
+#include "windows.h"
 
 namespace frog {
 
@@ -59,6 +62,44 @@ inline void check_convolution(const char* op, const Tensor& x, const Tensor& dx,
 inline void check_convolution_bias(const char* op, const Tensor& bias, const Tensor& x, int64_t channels) {
   check_dtype(op, "bias", bias, x.scalar_type());
   check_shape(op, "bias", bias, {channels});
+}
+
+/// x [images, channels, *size], weight [filters, channels, *kernel], result [images, filters, *count], all over three
+/// axes, of which the first may be missing.
+struct NarrowSizes {
+  std::array<WindowAxis, 3> axes;
+  int64_t images, channels, filters;
+  std::vector<int64_t> y_shape;
+
+  int64_t inputs() const { return axes[0].size * axes[1].size * axes[2].size; }
+  int64_t outputs() const { return axes[0].count * axes[1].count * axes[2].count; }
+  int64_t taps() const { return axes[0].kernel * axes[1].kernel * axes[2].kernel; }
+};
+
+inline NarrowSizes check_narrow_convolution(const char* op, const Tensor& x, const Tensor& weight,
+                                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                                            const std::vector<int64_t>& dilation) {
+  check_floating(op, "x", x);
+  check_dtype(op, "weight", weight, x.scalar_type());
+  STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, op, ": x has shape ", shape_string(x),
+                  ", expected (batch, channels, *) with one to three more axes");
+  STD_TORCH_CHECK(weight.dim() == x.dim() && weight.size(0) >= 1 && weight.size(1) == x.size(1), op,
+                  ": weight has shape ", shape_string(weight), ", expected (filters, ", x.size(1),
+                  ", *) with a filter at least and as many axes as x");
+  const int64_t axes = x.dim() - 2;
+  check_axes(op, "stride", stride, axes, 1);
+  check_axes(op, "padding", padding, axes, 0);
+  check_axes(op, "dilation", dilation, axes, 1);
+  NarrowSizes s{{}, x.size(0), x.size(1), weight.size(0), {x.size(0), weight.size(0)}};
+  for (int64_t j = 0; j < axes; ++j) {
+    WindowAxis& a = s.axes[3 - axes + j];
+    a = {x.size(2 + j), weight.size(2 + j), stride[j], padding[j], dilation[j], 1};
+    STD_TORCH_CHECK(a.kernel >= 1 && a.room() >= 0, op, ": the kernel spans ", a.dilation * (a.kernel - 1) + 1,
+                    " places of axis ", j, ", but the padded image has ", a.size + 2 * a.padding);
+    a.count = a.room() / a.stride + 1;
+    s.y_shape.push_back(a.count);
+  }
+  return s;
 }
 
 /// What sampled_convolution_ is given beside its tensors; a number for each spatial axis.

@@ -4,18 +4,13 @@
 #include <array>
 
 #include "../checks.h"
+#include "windows.h"
 
 namespace frog {
 
-/// One axis that windows move along: window j covers j * stride - padding + i * dilation for i < kernel, where inside
-/// [0, size).
-struct PoolAxis {
-  int64_t size = 1, kernel = 1, stride = 1, padding = 0, dilation = 1, count = 1;  // count: of windows
-};
-
 /// x [planes, *size], y [planes, *count], both over three axes, of which the first may be missing and then have size 1.
 struct PoolSizes {
-  std::array<PoolAxis, 3> axes;
+  std::array<WindowAxis, 3> axes;
   int64_t planes;
   std::vector<int64_t> y_shape, dy_shape;
 
@@ -25,8 +20,8 @@ struct PoolSizes {
 
 /// As torch.nn.functional.max_pool1d, 2d and 3d count windows: with ceil_mode one more where a part of it is left over,
 /// unless it would begin in the padding on the far side.
-inline int64_t pool_windows(const PoolAxis& a, bool ceil_mode) {
-  const int64_t room = a.size + 2 * a.padding - a.dilation * (a.kernel - 1) - 1;
+inline int64_t pool_windows(const WindowAxis& a, bool ceil_mode) {
+  const int64_t room = a.room();
   if (room + (ceil_mode ? a.stride - 1 : 0) < 0) return 0;
   const int64_t count = (room + (ceil_mode ? a.stride - 1 : 0)) / a.stride + 1;
   return ceil_mode && (count - 1) * a.stride >= a.size + a.padding ? count - 1 : count;
@@ -60,7 +55,7 @@ inline PoolSizes check_max_pool(const char* op, const Tensor& x, const Tensor& d
   const int64_t lead = x.dim() - spatial;
   for (int64_t j = 0; j < lead; ++j) s.planes *= x.size(j);
   for (int64_t j = 0; j < spatial; ++j) {
-    PoolAxis& a = s.axes[3 - spatial + j];
+    WindowAxis& a = s.axes[3 - spatial + j];
     a = {x.size(lead + j), kernel[j], stride[j], padding[j], dilation[j], 1};
     STD_TORCH_CHECK(a.padding <= ((a.kernel - 1) * a.dilation + 1) / 2, op, ": padding has an entry ", a.padding,
                     "; accepted is at most half of what a window spans, ", (a.kernel - 1) * a.dilation + 1);

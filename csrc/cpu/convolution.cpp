@@ -4,6 +4,7 @@
 // products.
 #include "../arguments/convolution.h"
 #include "blocks.h"
+#include "product.h"
 
 namespace frog {
 namespace {
@@ -68,6 +69,121 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
   return {y, dy};
 }
 
+// sums [*count] += what tap t has at the windows' places, of products [*size], which it may change
+template <class T>
+void add_shifted(const NarrowSizes& s, int64_t t, T* products, T* sums) {
+  const auto& [depth, height, width] = s.axes;
+  const auto shift_of = [](const WindowAxis& a, int64_t tap) { return tap * a.dilation - a.padding; };
+  const int64_t dz = shift_of(depth, t / width.kernel / height.kernel);
+  const int64_t dy = shift_of(height, t / width.kernel % height.kernel), dx = shift_of(width, t % width.kernel);
+  const int64_t lines = height.count, area = height.size * width.size;
+  const bool flat = width.stride == 1 && height.stride == 1 && width.count == width.size && lines == height.size;
+  for (int64_t j = 0; j < depth.count; ++j) {
+    const int64_t z = j * depth.stride + dz;
+    if (z < 0 || z >= depth.size) continue;
+    T *plane = products + z * area, *sum = sums + j * lines * width.count;
+    if (flat) {
+      // A plane in one run, however short its lines: with zeros for what would come from the end of the next line
+      const int64_t from = dx > 0 ? 0 : std::max<int64_t>(0, width.size + dx);
+      const int64_t to = dx > 0 ? std::min(dx, width.size) : width.size;
+      for (int64_t v = 0; dx != 0 && v < height.size; ++v) {
+        std::fill(plane + v * width.size + from, plane + v * width.size + to, T(0));
+      }
+      const int64_t shift = dy * width.size + dx;
+      for (int64_t i = std::max<int64_t>(0, -shift); i < std::min(area, area - shift); ++i) sum[i] += plane[i + shift];
+      continue;
+    }
+    const int64_t low = dx >= 0 ? 0 : ceil_div(-dx, width.stride);  // windows low .. high have the tap inside
+    const int64_t high = dx >= width.size ? 0 : std::min(width.count, (width.size - 1 - dx) / width.stride + 1);
+    for (int64_t line = 0; line < lines; ++line) {
+      const int64_t v = line * height.stride + dy;
+      if (v < 0 || v >= height.size) continue;
+      const T* values = plane + v * width.size + dx;
+      for (int64_t i = low; i < high; ++i) sum[line * width.count + i] += values[i * width.stride];
+    }
+  }
+}
+
+// Of x [images, channels, *size] and w [filters, channels, *kernel], y [images, filters, *count]. The library takes
+// filters 16 at a time, however few there are. Here images are multiplied with all taps at once, small ones side by
+// side, and the products are shifted to where they belong: sum_t (w_t x)[place + t]. Strides waste some: all places are
+// multiplied.
+template <class T>
+void narrow(const NarrowSizes& s, const T* x, const T* w, T* y) {
+  constexpr int64_t kProductBytes = 256 * 1024;  // of some images with some filters, in second-level cache
+  const int64_t channels = s.channels, taps = s.taps(), inputs = s.inputs(), outputs = s.outputs();
+  const int64_t panel = panel_width<T>(), vector = vector_width<T>();
+  const int64_t side_by_side = panel / std::max<int64_t>(1, inputs);  // images in a panel
+  const int64_t several = std::clamp<int64_t>(side_by_side, 1, std::max<int64_t>(1, s.images));
+  const int64_t places = several * inputs, ld = ceil_div(places, vector) * vector;
+  const bool as_it_is = several == 1 && inputs % vector == 0;  // an image consists of whole vectors
+  const int64_t fitting = kProductBytes / std::max<int64_t>(1, taps * ld * static_cast<int64_t>(sizeof(T)));
+  const int64_t together = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(1, s.filters));
+  const int64_t groups = ceil_div(s.filters, together);
+  Scratch<T> rows(s.filters * taps * channels);  // w as [filters, taps, channels]
+  for (int64_t f = 0; f < s.filters; ++f) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t t = 0; t < taps; ++t) rows.data()[(f * taps + t) * channels + c] = w[(f * channels + c) * taps + t];
+    }
+  }
+  const int64_t work = together * taps * channels * ld / 8;  // of a task, in units of a copied element
+  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, work));
+  torch::stable::parallel_for(0, ceil_div(s.images, several) * groups, grain, [&](int64_t from, int64_t to) {
+    Scratch<T> products(together * taps * ld), columns(as_it_is ? 0 : channels * panel);
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t image = task / groups * several, images = std::min(several, s.images - image);
+      const int64_t first = task % groups * together, filters = std::min(together, s.filters - first);
+      const T* pixels = x + image * channels * inputs;
+      for (int64_t p = 0; p < places; p += panel) {
+        const int64_t wide = std::min(panel, ld - p), live = std::min(wide, inputs - p);  // live: of a single image
+        for (int64_t c = 0; !as_it_is && c < channels; ++c) {
+          T* column = columns.data() + c * wide;
+          for (int64_t i = 0; i < images; ++i) {
+            const T* source = pixels + (i * channels + c) * inputs + p;
+            std::copy(source, source + live, column + i * inputs);
+          }
+          const int64_t filled = several == 1 ? live : images * inputs;
+          std::fill(column + filled, column + wide, T(0));
+        }
+        tile(as_it_is ? pixels + p : columns.data(), as_it_is ? inputs : wide, wide,
+             rows.data() + first * taps * channels, channels, filters * taps, channels, products.data() + p, ld, true);
+      }
+      for (int64_t f = 0; f < filters; ++f) {
+        for (int64_t i = 0; i < images; ++i) {
+          T* sums = y + ((image + i) * s.filters + first + f) * outputs;
+          std::fill(sums, sums + outputs, T(0));
+          for (int64_t t = 0; t < taps; ++t) {
+            add_shifted(s, t, products.data() + (f * taps + t) * ld + i * inputs, sums);
+          }
+        }
+      }
+    }
+  });
+}
+
+Tensor narrow_convolution(const Tensor& x_, const Tensor& weight, std::vector<int64_t> stride,
+                          std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  const char* op = "narrow_convolution";
+  check_cpu(op, "x", x_);
+  check_cpu(op, "weight", weight);
+  const NarrowSizes s = check_narrow_convolution(op, x_, weight, stride, padding, dilation);
+  const ScalarType compute = x_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor x = torch::stable::contiguous(to_dtype(x_, compute));
+  const Tensor w = torch::stable::contiguous(to_dtype(weight, compute));
+  Tensor y = new_tensor(x, s.y_shape, compute);
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    narrow(s, static_cast<const T*>(x.const_data_ptr()), static_cast<const T*>(w.const_data_ptr()),
+           static_cast<T*>(y.mutable_data_ptr()));
+  };
+  if (compute == ScalarType::Double) {
+    run(double{});
+  } else {
+    run(float{});
+  }
+  return to_dtype(y, x_.scalar_type());
+}
+
 // The library's convolution with one tangent of the weight at a time, drawn and dropped again. A product of all k with
 // the unfolded input, which they would share, was measured to be no faster (docs/performance.md).
 void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, std::vector<int64_t> kernel,
@@ -111,6 +227,7 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
 
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
   m.impl("convolution_jvp", TORCH_BOX(&convolution_jvp));
+  m.impl("narrow_convolution", TORCH_BOX(&narrow_convolution));
   m.impl("sampled_convolution_", TORCH_BOX(&sampled_convolution_));
 }
 

@@ -17,11 +17,11 @@ constexpr int64_t kPositions = 4096;  // of a region of planes side by side, whi
 constexpr int32_t kNowhere = -1;      // the place of a window that lies in the padding
 
 /// First position inside of a window that begins at `at`.
-int64_t first_inside(const PoolAxis& a, int64_t at) {
+int64_t first_inside(const WindowAxis& a, int64_t at) {
   return at >= 0 ? at : at + (-at + a.dilation - 1) / a.dilation * a.dilation;
 }
 
-int64_t end_inside(const PoolAxis& a, int64_t at) { return std::min(a.size, at + a.kernel * a.dilation); }
+int64_t end_inside(const WindowAxis& a, int64_t at) { return std::min(a.size, at + a.kernel * a.dilation); }
 
 // Where windows are in a plane, as far as all planes share it. A line is a row of windows.
 struct Plan {
@@ -29,7 +29,7 @@ struct Plan {
   bool some_nowhere = false;  // dilated windows may have no element inside
 
   explicit Plan(const PoolSizes& s) : sizes(s) {
-    for (const PoolAxis& a : s.axes) {
+    for (const WindowAxis& a : s.axes) {
       for (int64_t j = 0; j < a.count; ++j) some_nowhere |= first_inside(a, j * a.stride - a.padding) >= a.size;
     }
   }
@@ -71,7 +71,7 @@ void line_of_windows(const Plan& plan, const C* region, int64_t begin, int64_t l
   const auto& [depth, height, width] = plan.sizes.axes;
   const int64_t front = plan.front(line), top = plan.top(line);
   const int64_t z = first_inside(depth, front), y = first_inside(height, top);
-  const auto inside = [](const PoolAxis& a, int64_t first, int64_t at) {
+  const auto inside = [](const WindowAxis& a, int64_t first, int64_t at) {
     return std::max<int64_t>(0, ceil_div(end_inside(a, at) - first, a.dilation));
   };
   Window window{{inside(depth, z, front), inside(height, y, top), 0},

@@ -23,13 +23,19 @@ template <class T>
 inline int64_t panel_width() {
   return sizeof(T) == sizeof(float) ? simd().panel_f32 : simd().panel_f64;
 }
-inline void tile(const float* xt, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t count, float* acc,
-                 int64_t acc_ld, bool fresh) {
-  simd().tile_f32(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
+inline void tile(const float* xt, int64_t xt_ld, int64_t width, const float* v, int64_t v_ld, int64_t rows,
+                 int64_t count, float* acc, int64_t acc_ld, bool fresh) {
+  simd().tile_f32(xt, xt_ld, width, v, v_ld, rows, count, acc, acc_ld, fresh);
 }
-inline void tile(const double* xt, int64_t width, const double* v, int64_t v_ld, int64_t rows, int64_t count,
-                 double* acc, int64_t acc_ld, bool fresh) {
-  simd().tile_f64(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
+inline void tile(const double* xt, int64_t xt_ld, int64_t width, const double* v, int64_t v_ld, int64_t rows,
+                 int64_t count, double* acc, int64_t acc_ld, bool fresh) {
+  simd().tile_f64(xt, xt_ld, width, v, v_ld, rows, count, acc, acc_ld, fresh);
+}
+/// Of a packed panel
+template <class T>
+void tile(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc, int64_t acc_ld,
+          bool fresh) {
+  tile(xt, width, width, v, v_ld, rows, count, acc, acc_ld, fresh);
 }
 inline void pack(const float* x, int64_t ld, int64_t rows, int64_t count, int64_t width, float* xt) {
   simd().pack_f32(x, ld, rows, count, width, xt);

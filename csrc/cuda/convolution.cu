@@ -44,6 +44,17 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x, const Tensor& dx, co
   return {y, torch::stable::view(moved, shape)};
 }
 
+Tensor narrow_convolution(const Tensor& x, const Tensor& weight, std::vector<int64_t> stride,
+                          std::vector<int64_t> padding, std::vector<int64_t> dilation) {
+  const char* op = "narrow_convolution";
+  check_same_device(op, "weight", weight, x);
+  check_narrow_convolution(op, x, weight, stride, padding, dilation);
+  const OnDevice stream(x);
+  const std::vector<int64_t> none(stride.size(), 0);
+  return torch::stable::contiguous(
+      convolution(x, weight, std::nullopt, stride, padding, dilation, false, none, /*groups=*/1));
+}
+
 // The three axes of `values`, those of fewer filled up with `missing` in front.
 Axes three(const std::vector<int64_t>& values, int missing) {
   Axes axes{{missing, missing, missing}};
@@ -97,6 +108,7 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
 
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CUDA, m) {
   m.impl("convolution_jvp", TORCH_BOX(&convolution_jvp));
+  m.impl("narrow_convolution", TORCH_BOX(&narrow_convolution));
   m.impl("sampled_convolution_", TORCH_BOX(&sampled_convolution_));
 }
 

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> max_pool_jvp(const Tensor& x_, const Tensor& 
   Tensor indices = new_on(x, want_indices ? s.y_shape : std::vector<int64_t>{0}, ScalarType::Long);
   PoolShape shape{{}, s.planes};
   for (int j = 0; j < 3; ++j) {
-    const PoolAxis& a = s.axes[j];
+    const WindowAxis& a = s.axes[j];
     shape.axis[j] = {a.size, a.kernel, a.stride, a.padding, a.dilation, a.count};
   }
   const auto go = [&](auto primal, auto word) {

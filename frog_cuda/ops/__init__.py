@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from .. import _autograd, _load
 from .attention import attention_jvp
-from .convolution import convolution_jvp, sampled_convolution_
+from .convolution import convolution_jvp, narrow_convolution, sampled_convolution_
 from .embedding import embedding_jvp
 from .linear import linear_gradient, linear_jvp, linear_rows
 from .losses import bce_jvp, cross_entropy_jvp, mse_jvp
@@ -54,6 +54,7 @@ __all__ = [
     "log_softmax_jvp",
     "max_pool_jvp",
     "mse_jvp",
+    "narrow_convolution",
     "normalization_jvp",
     "pointwise_jvp",
     "sample_tangents",

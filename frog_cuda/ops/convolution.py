@@ -1,4 +1,4 @@
-"""Convolutions: value and k tangents, and sampled tangents of a weight."""
+"""Convolutions: value and k tangents, few filters, and sampled tangents of a weight."""
 
 from __future__ import annotations
 
@@ -35,6 +35,24 @@ def convolution_jvp(
     _guard("convolution_jvp", x, dx, weight, bias)
     with _AutoDispatchBelowAutograd():
         return _ops.convolution_jvp(x, dx, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+def narrow_convolution(x: Tensor, weight: Tensor, *, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    """A convolution with few filters: in one group, padded with zeros, without a bias.
+
+    Libraries take filters 16 at a time on CPUs, and by other ways where there are one or two. This takes time in proportion to
+    their number, and a filter's result does not depend on how many there are. On a GPU it is the library's convolution.
+
+    Arguments:
+        x: ``(B, C, *s)``, s of one to three axes.  weight: ``(F, C, *)``, the same dtype. Low precision is summed in float32
+            and rounded once.
+        stride, padding, dilation: an integer for each axis of s.
+    Returns:
+        ``(B, F, *t)``.
+    """
+    _guard("narrow_convolution", x, weight)
+    with _AutoDispatchBelowAutograd():
+        return _ops.narrow_convolution(x, weight, stride, padding, dilation)
 
 
 def sampled_convolution_(

@@ -10,7 +10,7 @@ Needs none of the compiled libraries. The modules are those of :mod:`frog_cuda.o
 from __future__ import annotations
 
 from .attention import attention_jvp
-from .convolution import convolution_jvp, sampled_convolution_
+from .convolution import convolution_jvp, narrow_convolution, sampled_convolution_
 from .embedding import embedding_jvp
 from .linear import linear_gradient, linear_jvp, linear_rows
 from .losses import bce_jvp, cross_entropy_jvp, mse_jvp
@@ -46,6 +46,7 @@ __all__ = [
     "log_softmax_jvp",
     "max_pool_jvp",
     "mse_jvp",
+    "narrow_convolution",
     "normalization_jvp",
     "philox4x32_10",
     "pointwise_jvp",

@@ -30,6 +30,11 @@ def convolution_jvp(
     return y, torch.stack([torch.convolution(v, w, None, *options) for v in dx.double()])
 
 
+def narrow_convolution(x: Tensor, weight: Tensor, *, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    """The convolution of x."""
+    return torch.convolution(x.double(), weight.double(), None, stride, padding, dilation, False, [0] * len(stride), 1)
+
+
 def sampled_convolution_(
     self: Tensor,
     x: Tensor,

@@ -24,7 +24,11 @@ _aten = torch.ops.aten
 _convolution_jvp = torch.ops.frog_cuda.convolution_jvp.default
 _sampled_convolution_ = torch.ops.frog_cuda.sampled_convolution_.default
 _linear_jvp = torch.ops.frog_cuda.linear_jvp.default
+_narrow_convolution = torch.ops.frog_cuda.narrow_convolution.default
 _IDENTITY = ops.POINTWISE["identity"]
+
+#: for narrow_convolution to pay: with fewer, adding the products up takes longer than making them
+_FEWEST_CHANNELS = 8
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d)
@@ -171,10 +175,13 @@ def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, o
     place = one_place(x.shape[2:], right, *options[:3]) if x.is_cpu else None
     if place is not None:
         inner = rows_times(place.rows(x), place.matrix(right)).view(x.shape[0], k * r, *(1,) * (x.dim() - 2))
+    elif x.is_cpu and x.shape[1] >= _FEWEST_CHANNELS:
+        sizes = (v * (x.dim() - 2) if len(v) == 1 else v for v in options[:3])
+        inner = _narrow_convolution(x, right, *sizes)  # (B, k r, *s)
     elif k * r == 1 and x.is_cpu:  # libraries take another path for a single filter, whose bits would tell
         inner = func(x, right.expand(2, *right.shape[1:]), None, *options)[:, :1]
     else:
-        inner = func(x, right, None, *options)  # (B, k r, *s)
+        inner = func(x, right, None, *options)
     inner = inner.unflatten(1, (k, r)).transpose(0, 1)  # (k, B, r, *s)
     spread = factors.left.view(k, r, 1, -1, *(1,) * (inner.dim() - 3))
     first = 0

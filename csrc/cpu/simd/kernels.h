@@ -80,12 +80,12 @@ struct SimdKernels {
   // the same of elements start .. start + count of Rademacher tangents; scratch [k, kSignWords]
   void (*gram_of_signs)(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, uint64_t* scratch, double* gram);
 
-  // acc[r * acc_ld + b] += sum_c v[r * v_ld + c] * xt[c * width + b] (or =, where `fresh`) for r < rows, b < width;
+  // acc[r * acc_ld + b] += sum_c v[r * v_ld + c] * xt[c * xt_ld + b] (or =, where `fresh`) for r < rows, b < width;
   // width a multiple of the vector length and at most panel width
-  void (*tile_f32)(const float* xt, int64_t width, const float* v, int64_t v_ld, int64_t rows, int64_t count,
-                   float* acc, int64_t acc_ld, bool fresh);
-  void (*tile_f64)(const double* xt, int64_t width, const double* v, int64_t v_ld, int64_t rows, int64_t count,
-                   double* acc, int64_t acc_ld, bool fresh);
+  void (*tile_f32)(const float* xt, int64_t xt_ld, int64_t width, const float* v, int64_t v_ld, int64_t rows,
+                   int64_t count, float* acc, int64_t acc_ld, bool fresh);
+  void (*tile_f64)(const double* xt, int64_t xt_ld, int64_t width, const double* v, int64_t v_ld, int64_t rows,
+                   int64_t count, double* acc, int64_t acc_ld, bool fresh);
   // a panel for the tile: xt[c * width + r] = x[r * ld + c] for c < count and r < width, zeros where r >= rows
   void (*pack_f32)(const float* x, int64_t ld, int64_t rows, int64_t count, int64_t width, float* xt);
   void (*pack_f64)(const double* x, int64_t ld, int64_t rows, int64_t count, int64_t width, double* xt);

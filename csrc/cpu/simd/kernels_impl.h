@@ -275,7 +275,7 @@ inline void gram_of_signs(const DrawSpec& spec, int64_t k, int64_t start, int64_
 
 // R rows of v against N vectors of xt; the sums stay in registers over the whole count.
 template <class T, int R, int N>
-void tile_fixed(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t count, T* acc, int64_t acc_ld,
+void tile_fixed(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, int64_t count, T* acc, int64_t acc_ld,
                 bool fresh) {
   using V = typename VectorOf<T>::type;
   V sums[R][N];
@@ -284,7 +284,7 @@ void tile_fixed(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t co
   }
   for (int64_t c = 0; c < count; ++c) {
     V x[N];
-    for (int n = 0; n < N; ++n) x[n] = V::load(xt + c * width + n * V::kWidth);
+    for (int n = 0; n < N; ++n) x[n] = V::load(xt + c * xt_ld + n * V::kWidth);
     for (int r = 0; r < R; ++r) {
       const V factor = V::set(v[r * v_ld + c]);
       for (int n = 0; n < N; ++n) sums[r][n] = fma(factor, x[n], sums[r][n]);
@@ -296,11 +296,11 @@ void tile_fixed(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t co
 }
 
 template <class T, int N>
-void tile_rows(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc,
+void tile_rows(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc,
                int64_t acc_ld, bool fresh) {
   int64_t r = 0;
   const auto take = [&](auto tile, int taken) {
-    tile(xt, width, v + r * v_ld, v_ld, count, acc + r * acc_ld, acc_ld, fresh);
+    tile(xt, xt_ld, v + r * v_ld, v_ld, count, acc + r * acc_ld, acc_ld, fresh);
     r += taken;
   };
   while (r + 6 <= rows) take(tile_fixed<T, 6, N>, 6);
@@ -310,18 +310,18 @@ void tile_rows(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t row
 }
 
 template <class T>
-void tile(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc, int64_t acc_ld,
-          bool fresh) {
+void tile(const T* xt, int64_t xt_ld, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc,
+          int64_t acc_ld, bool fresh) {
   using V = typename VectorOf<T>::type;
   const int64_t vectors = width / V::kWidth;
   if constexpr (kTileVectors >= 4) {
-    if (vectors == 4) return tile_rows<T, 4>(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
-    if (vectors == 3) return tile_rows<T, 3>(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
+    if (vectors == 4) return tile_rows<T, 4>(xt, xt_ld, v, v_ld, rows, count, acc, acc_ld, fresh);
+    if (vectors == 3) return tile_rows<T, 3>(xt, xt_ld, v, v_ld, rows, count, acc, acc_ld, fresh);
   }
   if constexpr (kTileVectors >= 2) {
-    if (vectors == 2) return tile_rows<T, 2>(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
+    if (vectors == 2) return tile_rows<T, 2>(xt, xt_ld, v, v_ld, rows, count, acc, acc_ld, fresh);
   }
-  tile_rows<T, 1>(xt, width, v, v_ld, rows, count, acc, acc_ld, fresh);
+  tile_rows<T, 1>(xt, xt_ld, v, v_ld, rows, count, acc, acc_ld, fresh);
 }
 
 // to[c * to_ld + r] = from[r * ld + c] for a square as wide as a vector

@@ -1,28 +1,60 @@
 // Statistics and tangents of one group of a normalisation (csrc/cpu/normalization.cpp). Included by each instruction
-// set inside its target pragma; plain loops that the compiler vectorises, and no standard-library templates, see
-// kernels.h.
+// set inside its target pragma; no standard-library templates, see kernels.h.
 #pragma once
 
 namespace frog::FROG_ISA {
 
-constexpr int64_t kNormalizationRun = 4096;  // elements summed in T before they enter the double sums
+// A vector's lanes of rows, at j, and those that are left at a row's end; missing ones read as `rest`.
+template <class T>
+struct WholeLanes {
+  using V = typename VectorOf<T>::type;
+  int64_t j;
+  V load(const T* row, V) const { return V::load(row + j); }
+  void store(V v, T* row) const { v.store(row + j); }
+};
+template <class T>
+struct PartLanes {
+  using V = typename VectorOf<T>::type;
+  int64_t j, n;
+  V load(const T* row, V rest) const { return load_part(row + j, n, rest); }
+  void store(V v, T* row) const { store_part(v, row + j, n); }
+};
+template <class T, class Body>
+inline void for_lanes(int64_t from, int64_t to, const Body& body) {
+  constexpr int64_t kWidth = VectorOf<T>::type::kWidth;
+  int64_t j = from;
+  for (; j + kWidth <= to; j += kWidth) body(WholeLanes<T>{j});
+  if (j < to) body(PartLanes<T>{j, to - j});
+}
 
-// sum of f(j) over j < n: independent partial sums for the compiler to vectorise, long runs closed in double
-template <class T, class F>
-double total(int64_t n, const F& f) {
-  constexpr int kLanes = 64 / sizeof(T);
-  double sum = 0;
-  for (int64_t start = 0; start < n; start += kNormalizationRun) {
-    const int64_t end = n - start < kNormalizationRun ? n : start + kNormalizationRun;
-    T lanes[kLanes] = {};
-    int64_t j = start;
-    for (; j + kLanes <= end; j += kLanes) {
-      for (int l = 0; l < kLanes; ++l) lanes[l] += f(j + l);
+// Elements that a lane sums in T before they enter the double sums
+constexpr int64_t kNormalizationRun = 256;
+
+// N sums over outer rows of inner elements: body(o, at, sums) adds a vector of row o to each of them. Lanes go on from
+// row to row, however short those are.
+template <class T, int N, class Body>
+void total(int64_t outer, int64_t inner, double* out, const Body& body) {
+  using V = typename VectorOf<T>::type;
+  V sums[N];
+  for (int s = 0; s < N; ++s) out[s] = 0, sums[s] = V::zero();
+  int64_t taken = 0;
+  const auto close = [&] {
+    for (int s = 0; s < N; ++s) {
+      out[s] += static_cast<double>(sums[s].sum());
+      sums[s] = V::zero();
     }
-    for (; j < end; ++j) sum += static_cast<double>(f(j));
-    for (int l = 0; l < kLanes; ++l) sum += static_cast<double>(lanes[l]);
+    taken = 0;
+  };
+  constexpr int64_t kStretch = kNormalizationRun * V::kWidth;
+  for (int64_t o = 0; o < outer; ++o) {
+    for (int64_t from = 0; from < inner; from += kStretch) {
+      const int64_t to = inner - from < kStretch ? inner : from + kStretch;
+      if (taken + (to - from) > kStretch) close();
+      for_lanes<T>(from, to, [&](const auto& at) { body(o, at, sums); });
+      taken += to - from;
+    }
   }
-  return sum;
+  close();
 }
 
 // Where the rows of one group lie: `outer` of them with `inner` elements each, `stride` apart; those of its k tangents
@@ -36,12 +68,28 @@ struct GroupRows {
   uint16_t* low_dy;
 };
 
+// A factor or an addend over a run of elements: the same for all of them, or one for each.
+template <class T>
+struct Coefficient {
+  using V = typename VectorOf<T>::type;
+  const T* values;
+  V constant;
+  template <class At>
+  V operator()(const At& at) const {
+    return values == nullptr ? constant : at.load(values, constant);
+  }
+};
+
 // Factors of the elements of a group: constant over runs of `inner / weight_inner` elements, or over the whole group.
 template <class T>
 struct Affine {
   const T* values;  // [weight_inner] of this group, or null
   int64_t run;
-  T at(int64_t j, T otherwise) const { return values == nullptr ? otherwise : values[j / run]; }
+  Coefficient<T> over(int64_t from, T otherwise, bool constant) const {
+    using V = typename VectorOf<T>::type;
+    if (values == nullptr) return {nullptr, V::set(otherwise)};
+    return constant ? Coefficient<T>{nullptr, V::set(values[from / run])} : Coefficient<T>{values, V::zero()};
+  }
 };
 
 template <class T>
@@ -84,84 +132,71 @@ void normalise_group(const Normalization<T>& p, int64_t g, const GroupRows<T>& r
     for (int64_t o = 0; o < outer; ++o) narrow_row(result + o * inner, inner, to + o * stride);
   };
 
+  using V = typename VectorOf<T>::type;
   const T* x = rows.x;
+  const double count = static_cast<double>(n);
   double mean = 0, var = 0;
   if (p.given_mean != nullptr) {
     mean = static_cast<double>(p.given_mean[g]), var = static_cast<double>(p.given_var[g]);
   } else {
     if (p.centred) {
-      for (int64_t o = 0; o < outer; ++o) {
-        const T* row = x + o * stride;
-        mean += total<T>(inner, [=](int64_t j) { return row[j]; });
-      }
-      mean /= static_cast<double>(n);
+      total<T, 1>(outer, inner, &mean,
+                  [&](int64_t o, const auto& at, V* sums) { sums[0] = sums[0] + at.load(x + o * stride, V::zero()); });
+      mean /= count;
     }
-    const T centre = static_cast<T>(mean);
-    for (int64_t o = 0; o < outer; ++o) {
-      const T* row = x + o * stride;
-      var += total<T>(inner, [=](int64_t j) { return (row[j] - centre) * (row[j] - centre); });
-    }
-    var /= static_cast<double>(n);
+    const V middle = V::set(static_cast<T>(mean));
+    total<T, 1>(outer, inner, &var, [&](int64_t o, const auto& at, V* sums) {
+      const V distance = at.load(x + o * stride, middle) - middle;
+      sums[0] = fma(distance, distance, sums[0]);
+    });
+    var /= count;
   }
   p.mean[g] = static_cast<T>(mean), p.var[g] = static_cast<T>(var);
-  const T centre = static_cast<T>(mean), r = static_cast<T>(1 / __builtin_sqrt(var + p.eps));
+  const T r = static_cast<T>(1 / __builtin_sqrt(var + p.eps));
+  const V centre = V::set(static_cast<T>(mean)), scale = V::set(r), zero = V::zero();
   const Affine<T> w = affine(p, p.weight, 0, g, inner), b = affine(p, p.bias, 0, g, inner);
   for (int64_t o = 0; o < outer; ++o) {
     const T* row = x + o * stride;
-    T* y = rows.y + o * stride;
-    T* h = hat + o * inner;
-    for (int64_t j = 0; j < inner; ++j) h[j] = (row[j] - centre) * r;
+    T *y = rows.y + o * stride, *h = hat + o * inner;
     for_runs(p, inner, [&](int64_t from, int64_t to, bool constant) {
-      if (constant) {
-        const T factor = w.at(from, T(1)), add = b.at(from, T(0));
-        for (int64_t j = from; j < to; ++j) y[j] = h[j] * factor + add;
-      } else {
-        for (int64_t j = from; j < to; ++j) {
-          y[j] = h[j] * (w.values ? w.values[j] : T(1)) + (b.values ? b.values[j] : T(0));
-        }
-      }
+      const auto factor = w.over(from, T(1), constant), add = b.over(from, T(0), constant);
+      for_lanes<T>(from, to, [&](const auto& at) {
+        const V normalised = (at.load(row, centre) - centre) * scale;
+        at.store(normalised, h);
+        at.store(fma(normalised, factor(at), add(at)), y);
+      });
     });
   }
   for (int64_t i = 0; i < p.k; ++i) {
     const T* moved = fetch_tangents(i);
     T* tangents = low_out ? result : rows.dy + i * rows.all;
-    T shift = T(0), turn = T(0);  // mean(dx) and mean(dx x^)
+    double means[2] = {0, 0};  // of dx and of dx x^
     if (moved != nullptr && p.given_mean == nullptr) {
-      double sum = 0, product = 0;
-      for (int64_t o = 0; o < outer; ++o) {
-        const T* dx = moved + o * in_stride;
-        const T* h = hat + o * inner;
-        if (p.centred) sum += total<T>(inner, [=](int64_t j) { return dx[j]; });
-        product += total<T>(inner, [=](int64_t j) { return dx[j] * h[j]; });
-      }
-      shift = static_cast<T>(sum / static_cast<double>(n)), turn = static_cast<T>(product / static_cast<double>(n));
+      total<T, 2>(outer, inner, means, [&](int64_t o, const auto& at, V* sums) {
+        const V dx = at.load(moved + o * in_stride, zero);
+        sums[0] = sums[0] + dx;
+        sums[1] = fma(dx, at.load(hat + o * inner, zero), sums[1]);
+      });
     }
+    const V shift = V::set(p.centred ? static_cast<T>(means[0] / count) : T(0));
+    const V turn = V::set(static_cast<T>(-means[1] / count));
     const Affine<T> dw = affine(p, p.dweight, i, g, inner), db = affine(p, p.dbias, i, g, inner);
     for (int64_t o = 0; o < outer; ++o) {
       const T* dx = moved == nullptr ? nullptr : moved + o * in_stride;
       T* dy = tangents + o * out_stride;
       const T* h = hat + o * inner;
       for_runs(p, inner, [&](int64_t from, int64_t to, bool constant) {
-        if (constant) {
-          const T factor = w.at(from, T(1)) * r, tilt = dw.at(from, T(0)), add = db.at(from, T(0));
-          if (dx == nullptr) {
-            for (int64_t j = from; j < to; ++j) dy[j] = tilt * h[j] + add;
-          } else {
-            for (int64_t j = from; j < to; ++j) dy[j] = factor * (dx[j] - shift - turn * h[j]) + (tilt * h[j] + add);
-          }
+        const auto factor = w.over(from, T(1), constant);
+        const auto tilt = dw.over(from, T(0), constant), add = db.over(from, T(0), constant);
+        if (dx == nullptr) {
+          for_lanes<T>(from, to, [&](const auto& at) { at.store(fma(tilt(at), at.load(h, zero), add(at)), dy); });
           return;
         }
-        if (dx != nullptr && w.values != nullptr) {
-          for (int64_t j = from; j < to; ++j) dy[j] = w.values[j] * (r * (dx[j] - shift - turn * h[j]));
-        } else {
-          for (int64_t j = from; j < to; ++j) dy[j] = dx == nullptr ? T(0) : r * (dx[j] - shift - turn * h[j]);
-        }
-        if (dw.values) {
-          for (int64_t j = from; j < to; ++j) dy[j] += dw.values[j] * h[j];
-        }
-        if (db.values) {
-          for (int64_t j = from; j < to; ++j) dy[j] += db.values[j];
-        }
+        for_lanes<T>(from, to, [&](const auto& at) {
+          const V normalised = at.load(h, zero);
+          const V change = fma(turn, normalised, at.load(dx, zero) - shift) * scale;
+          at.store(fma(factor(at), change, fma(tilt(at), normalised, add(at))), dy);
+        });
       });
     }
     if (low_out) finish_tangents(i);

@@ -14,7 +14,7 @@ namespace frog {
 
 /// The pieces that a thread keeps. They lie outside of the pool: a small piece that stays would keep the segment around
 /// it from being used as a whole.
-class Workspace {
+class ThreadMemory {
  public:
   static constexpr size_t kMost = size_t{2} << 20;  // bytes kept, the size of a second-level cache
 
@@ -23,14 +23,14 @@ class Workspace {
     size_t size;
   };
 
-  static Workspace& of_this_thread() {
-    static thread_local Workspace workspace;
-    return workspace;
+  static ThreadMemory& of_this_thread() {
+    static thread_local ThreadMemory memory;
+    return memory;
   }
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() {
+  ThreadMemory() = default;
+  ThreadMemory(const ThreadMemory&) = delete;
+  ThreadMemory& operator=(const ThreadMemory&) = delete;
+  ~ThreadMemory() {
     for (const Piece& piece : kept_) std::free(piece.data);
   }
 
@@ -73,11 +73,11 @@ class Scratch {
  public:
   explicit Scratch(int64_t count) {
     const size_t bytes = static_cast<size_t>(std::max<int64_t>(1, count)) * sizeof(T);
-    if (bytes > Workspace::kMost / 2) {
+    if (bytes > ThreadMemory::kMost / 2) {
       pooled_ = Pool::get().take(bytes);
       data_ = reinterpret_cast<T*>(pooled_->data);
     } else {
-      own_ = Workspace::of_this_thread().take(bytes);
+      own_ = ThreadMemory::of_this_thread().take(bytes);
       data_ = static_cast<T*>(own_.data);
     }
   }
@@ -85,7 +85,7 @@ class Scratch {
     if (pooled_) {
       Pool::get().give(pooled_);
     } else {
-      Workspace::of_this_thread().give(own_);
+      ThreadMemory::of_this_thread().give(own_);
     }
   }
   Scratch(const Scratch&) = delete;
@@ -95,7 +95,7 @@ class Scratch {
 
  private:
   Pool::Piece* pooled_ = nullptr;
-  Workspace::Piece own_{};
+  ThreadMemory::Piece own_{};
   T* data_;
 };
 

@@ -20,7 +20,7 @@ class MeZO(Method):
     name = "MeZO"
     epsilon = 1e-3
     #: of the float64 check and its epsilon: small, because each kink of a ReLU between the two points adds to the error
-    bound, small_epsilon = 1e-3, 1e-10
+    bound, small_epsilon, unlucky_in_float64 = 1e-3, 1e-10, True
     #: relative error of a loss in float32, which the difference multiplies by 1 / epsilon
     LOSS_ERROR = 1e-5
 

@@ -76,11 +76,16 @@ def arguments() -> argparse.Namespace:
 
 
 def cpu_model() -> str:
+    """The processor's name. A virtual machine may hide AMX, without which an Intel's bfloat16 is no faster than its float32:
+    that is another machine to whoever compares results, and named so."""
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        about = Path("/proc/cpuinfo").read_text()
     except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+        about = ""
+    found = re.search(r"model name\s*:\s*(.+)", about)
+    name = found.group(1).strip() if found else platform.processor() or platform.machine()
+    hidden = "Intel" in name and "avx512_bf16" in about and "amx_bf16" not in about
+    return f"{name} without AMX" if hidden else name
 
 
 def machine() -> dict[str, Any]:

@@ -81,7 +81,9 @@ void line_of_windows(const Plan& plan, const C* region, int64_t begin, int64_t l
     const int64_t left = j * width.stride - width.padding, x = first_inside(width, left);
     window.counts[2] = inside(width, x, left);
     window.place = (z * height.size + y) * width.size + x;
-    largest(region + (window.place - begin) * kLanes<C>, window, best + j * kLanes<C>, places + j * kLanes<C>);
+    const bool some = window.counts[0] > 0 && window.counts[1] > 0 && window.counts[2] > 0;
+    const C* elements = some ? region + (window.place - begin) * kLanes<C> : region;
+    largest(elements, window, best + j * kLanes<C>, places + j * kLanes<C>);
   }
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_close32, assert_close64
+from helpers import assert_as_good_as_torch, assert_close32, assert_close64
 from torch import Tensor
 
 from frog_cuda import ops, reference
@@ -50,6 +50,24 @@ def test_rows_depth_and_columns_in_blocks(rows, k, features, out, apart):
         exact_y, exact_dy, _ = reference.linear_jvp(**given)
         check(y, exact_y)
         check(dy, exact_dy)
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["products", "and added tangents"])
+def test_bfloat16_tangents_in_stretches(perturbed):
+    """More rows than are widened at a time; held to PyTorch's own product and sum."""
+    rows, k, features, out = 700, 3, 600, 500
+    x, w = randn(rows, features, seed=1, dtype=torch.float32), randn(out, features, seed=2, dtype=torch.float32) / 24
+    dx = randn(k, rows, features, seed=3, dtype=torch.bfloat16)
+    more = dict(dbias=randn(k, out, seed=4, dtype=torch.float32), activity=randn(k, rows, out, seed=5, dtype=torch.bfloat16))
+    given = dict(x=x, dx=dx, weight=w, k=k, **(more if perturbed else {}))
+    y, dy, _ = ops.linear_jvp(**given)
+    exact_y, exact_dy, _ = reference.linear_jvp(**given)
+    assert dy.dtype == torch.bfloat16
+    assert_close32(y, exact_y)
+    torchs = dx @ w.T.bfloat16()
+    if perturbed:
+        torchs = torchs + more["dbias"][:, None].bfloat16() + more["activity"]
+    assert_as_good_as_torch(dy, torchs, exact_dy)
 
 
 @pytest.mark.parametrize(("rows", "out", "features"), [(1, 100, 70000), (128, 13, 1100), (129, 13, 1100), (16, 1030, 65)])

@@ -5,8 +5,8 @@
 // machines without vector kernels, take the library's GEMM. y and dy are allocated next to each other for the next
 // layer's sake.
 //
-// bfloat16 tangents of a float32 layer take the library's product where the machine has instructions for it: it sums in
-// float32 and rounds once, at a quarter of the cost.
+// bfloat16 tangents of a float32 layer take the library's product where the machine has fast instructions for it: it
+// sums in float32 and rounds once. Elsewhere they are widened, multiplied and narrowed some rows at a time, in cache.
 //
 // Sampled weight tangents never exist as a whole. Floor per tangent and weight element: one draw and B fused
 // multiply-adds. A thread takes rows of W, draws k tangents of six rows into second-level cache, and multiplies them
@@ -27,6 +27,7 @@ constexpr int64_t kSumsBytes = 4 * 1024 * 1024;  // running sums over all of x; 
 constexpr int64_t kColumns = 128;   // columns of x between two loads of the sums; x panel stays in first-level cache
 constexpr int64_t kGramRun = 2048;  // elements that are summed in T before they enter the double sums
 constexpr int64_t kFewRows = 128;   // of a gradient, up to which outer_product is the faster way
+constexpr int64_t kStretchElements = int64_t{1} << 20;  // of tangents that are widened at a time
 constexpr int64_t kExactGramElements = 4096;  // below this, tangents can be nearly dependent: products in double
 
 // x [rows, in] as panels [in, width]: the last panel is as wide as whole vectors need and padded with zeros.
@@ -245,14 +246,12 @@ Addends<T> addends_of(const Arguments& a, const std::vector<T>& drawn) {
   return {a.rows, a.out, period, data(a.bias), drawn.empty() ? data(a.dbias) : drawn.data(), data(a.activity)};
 }
 
-// dx W^T and what is added to it, [k, rows, out], for dx in bfloat16
-Tensor low_tangents(const Arguments& a, const Tensor& dx, double* gram_out) {
+// dx W^T and what is added to it, [k * rows, out], for dx in bfloat16: by the library
+Tensor low_product(const Arguments& a, const Tensor& dx, const Addends<float>& addends) {
   const int64_t rows = a.k * a.rows;
   Tensor dy = new_tensor(dx, {rows, a.out}, ScalarType::BFloat16);
   const Tensor wt = torch::stable::transpose(to_dtype(a.weight, ScalarType::BFloat16), 0, 1);
   mm_out(dy, torch::stable::view(torch::stable::contiguous(dx), {rows, a.in}), wt);
-  const std::vector<float> drawn = drawn_bias<float>(a, gram_out);
-  const Addends<float> addends = addends_of(a, drawn);
   if (!addends.dbias && !addends.activity) return dy;
   const Source<float> products(dy);
   const Sink<float> sums(dy);
@@ -267,6 +266,38 @@ Tensor low_tangents(const Arguments& a, const Tensor& dx, double* gram_out) {
                                 }
                               });
   return dy;
+}
+
+// The same in float32. W is packed anew for each of the stretches, which are therefore not short.
+Tensor widened_product(const Arguments& a, const Tensor& dx_, const Addends<float>& addends) {
+  const int64_t rows = a.k * a.rows, in = a.in, out = a.out;
+  const Tensor dx = torch::stable::contiguous(dx_);
+  Tensor dy = new_tensor(dx, {rows, out}, ScalarType::BFloat16);
+  const uint16_t* from = static_cast<const uint16_t*>(dx.const_data_ptr());
+  uint16_t* to = static_cast<uint16_t*>(dy.mutable_data_ptr());
+  const float* w = static_cast<const float*>(a.weight.const_data_ptr());
+  const int64_t stretch = std::min(rows, std::max<int64_t>(kStretchElements / std::max<int64_t>(1, in + out), 1024));
+  Scratch<float> wide(stretch * in), sums(stretch * out);
+  const auto grain = [](int64_t width) { return std::max<int64_t>(1, kWork / std::max<int64_t>(1, width)); };
+  for (int64_t r = 0; r < rows; r += stretch) {
+    const int64_t n = std::min(stretch, rows - r);
+    torch::stable::parallel_for(0, n, grain(in), [&](int64_t first, int64_t last) {
+      simd().widen_bf16(from + (r + first) * in, (last - first) * in, wide.data() + first * in);
+    });
+    product<float>(
+        {{wide.data(), 0, n}}, in, w, out, sums.data(),
+        [&](int64_t row, int64_t o, int64_t count, float* c) { addends.start(a.rows + r + row, o, count, c); });
+    torch::stable::parallel_for(0, n, grain(out), [&](int64_t first, int64_t last) {
+      simd().narrow_bf16(sums.data() + first * out, (last - first) * out, to + (r + first) * out);
+    });
+  }
+  return dy;
+}
+
+Tensor low_tangents(const Arguments& a, const Tensor& dx, double* gram_out) {
+  const std::vector<float> drawn = drawn_bias<float>(a, gram_out);
+  const Addends<float> addends = addends_of(a, drawn);
+  return multiplies_bf16() ? low_product(a, dx, addends) : widened_product(a, dx, addends);
 }
 
 // buffer [1 + k, rows, out] receives x W^T + b and its tangents, before the activation.
@@ -341,7 +372,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   a.x = torch::stable::view(*prepare(x, compute), {rows, in});
   a.weight = *prepare(weight, compute);
   const bool low = dx && dx->scalar_type() == ScalarType::BFloat16 && x.scalar_type() == ScalarType::Float &&
-                   !dweight && !weight_offset && multiplies_bf16();
+                   !dweight && !weight_offset && (multiplies_bf16() || has_tile<float>());
   if (!low) a.dx = prepare(dx, compute);
   a.bias = prepare(bias, compute);
   a.dweight = prepare(dweight, compute);

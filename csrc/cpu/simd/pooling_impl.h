@@ -5,28 +5,12 @@
 
 namespace frog::FROG_ISA {
 
-// An integer in the bits of an element, so that values and places are chosen by the same masks.
-inline float as_bits_of(float, int64_t place) {
-  const int32_t word = static_cast<int32_t>(place);
-  float out;
-  __builtin_memcpy(&out, &word, sizeof(out));
-  return out;
-}
-inline double as_bits_of(double, int64_t place) {
-  double out;
-  __builtin_memcpy(&out, &place, sizeof(out));
-  return out;
-}
-inline int32_t from_bits(float value) {
-  int32_t word;
-  __builtin_memcpy(&word, &value, sizeof(word));
-  return word;
-}
-inline int32_t from_bits(double value) {
-  int64_t word;
-  __builtin_memcpy(&word, &value, sizeof(word));
-  return static_cast<int32_t>(word);
-}
+// A place as an element, so that values and places are chosen by the same masks: in the bits of a float, which has too
+// few digits, and as the value of a double.
+inline float place_as(float, int64_t place) { return bits_float(static_cast<uint32_t>(place)); }
+inline double place_as(double, int64_t place) { return static_cast<double>(place); }
+inline int32_t place_of(float element) { return static_cast<int32_t>(float_bits(element)); }
+inline int32_t place_of(double element) { return static_cast<int32_t>(element); }
 
 // A value is taken where it is larger than those before it, or a NaN.
 template <class T>
@@ -36,13 +20,13 @@ void largest(const T* region, const Window& w, T* best, int32_t* places) {
   V values[kVectors], found[kVectors];
   for (int n = 0; n < kVectors; ++n) {
     values[n] = V::set(-static_cast<T>(__builtin_inf()));
-    found[n] = V::set(as_bits_of(T(), w.place));
+    found[n] = V::set(place_as(T(), w.place));
   }
   for (int64_t z = 0; z < w.counts[0]; ++z) {
     for (int64_t y = 0; y < w.counts[1]; ++y) {
       for (int64_t x = 0; x < w.counts[2]; ++x) {
         const int64_t shift = z * w.steps[0] + y * w.steps[1] + x * w.steps[2];
-        const V here = V::set(as_bits_of(T(), w.place + shift));
+        const V here = V::set(place_as(T(), w.place + shift));
         for (int n = 0; n < kVectors; ++n) {
           const V v = V::load(region + shift * kLanes + n * V::kWidth);
           const auto larger = values[n] < v, number = v <= v;
@@ -57,7 +41,7 @@ void largest(const T* region, const Window& w, T* best, int32_t* places) {
     values[n].store(best + n * V::kWidth);
     found[n].store(words + n * V::kWidth);
   }
-  for (int i = 0; i < kLanes; ++i) places[i] = from_bits(words[i]);
+  for (int i = 0; i < kLanes; ++i) places[i] = place_of(words[i]);
 }
 
 }  // namespace frog::FROG_ISA

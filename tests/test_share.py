@@ -13,7 +13,7 @@ from frog_cuda.experiments import models
 from frog_cuda.share import from_limbs, limbs
 
 SIZES = {
-    "fc": {"width": 96},
+    "fc": {"width": 256},  # libraries' products of few rows part by their number where a layer is as wide as this
     "lenet5": {},
     "resnet18": {"width": 8},
     "vit": {"layers": 1, "width": 32, "hidden": 32},

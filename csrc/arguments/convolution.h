@@ -1,8 +1,6 @@
 // Arguments of convolution_jvp, narrow_convolution and sampled_convolution_, checked alike on every device.
 #pragma once
 
-#include <array>
-
 #include "tangents.h"
 #include "windows.h"
 
@@ -64,16 +62,10 @@ inline void check_convolution_bias(const char* op, const Tensor& bias, const Ten
   check_shape(op, "bias", bias, {channels});
 }
 
-/// x [images, channels, *size], weight [filters, channels, *kernel], result [images, filters, *count], all over three
-/// axes, of which the first may be missing.
-struct NarrowSizes {
-  std::array<WindowAxis, 3> axes;
-  int64_t images, channels, filters;
+/// x [images, channels, *size], weight [filters, channels, *kernel], result [images, filters, *count].
+struct NarrowSizes : WindowAxes {
+  int64_t images = 0, channels = 0, filters = 0;
   std::vector<int64_t> y_shape;
-
-  int64_t inputs() const { return axes[0].size * axes[1].size * axes[2].size; }
-  int64_t outputs() const { return axes[0].count * axes[1].count * axes[2].count; }
-  int64_t taps() const { return axes[0].kernel * axes[1].kernel * axes[2].kernel; }
 };
 
 inline NarrowSizes check_narrow_convolution(const char* op, const Tensor& x, const Tensor& weight,
@@ -90,7 +82,9 @@ inline NarrowSizes check_narrow_convolution(const char* op, const Tensor& x, con
   check_axes(op, "stride", stride, axes, 1);
   check_axes(op, "padding", padding, axes, 0);
   check_axes(op, "dilation", dilation, axes, 1);
-  NarrowSizes s{{}, x.size(0), x.size(1), weight.size(0), {x.size(0), weight.size(0)}};
+  NarrowSizes s;
+  s.images = x.size(0), s.channels = x.size(1), s.filters = weight.size(0);
+  s.y_shape = {s.images, s.filters};
   for (int64_t j = 0; j < axes; ++j) {
     WindowAxis& a = s.axes[3 - axes + j];
     a = {x.size(2 + j), weight.size(2 + j), stride[j], padding[j], dilation[j], 1};

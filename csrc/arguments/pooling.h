@@ -1,21 +1,15 @@
 // Arguments of max_pool_jvp, checked alike on every device.
 #pragma once
 
-#include <array>
-
 #include "../checks.h"
 #include "windows.h"
 
 namespace frog {
 
-/// x [planes, *size], y [planes, *count], both over three axes, of which the first may be missing and then have size 1.
-struct PoolSizes {
-  std::array<WindowAxis, 3> axes;
-  int64_t planes;
+/// x [planes, *size], y [planes, *count].
+struct PoolSizes : WindowAxes {
+  int64_t planes = 1;
   std::vector<int64_t> y_shape, dy_shape;
-
-  int64_t inputs() const { return axes[0].size * axes[1].size * axes[2].size; }
-  int64_t outputs() const { return axes[0].count * axes[1].count * axes[2].count; }
 };
 
 /// As torch.nn.functional.max_pool1d, 2d and 3d count windows: with ceil_mode one more where a part of it is left over,
@@ -49,8 +43,7 @@ inline PoolSizes check_max_pool(const char* op, const Tensor& x, const Tensor& d
   check("stride", stride, 1);
   check("padding", padding, 0);
   check("dilation", dilation, 1);
-  PoolSizes s{};
-  s.planes = 1;
+  PoolSizes s;
   s.y_shape = shape_of(x);
   const int64_t lead = x.dim() - spatial;
   for (int64_t j = 0; j < lead; ++j) s.planes *= x.size(j);

@@ -1,6 +1,7 @@
 // What pooling and convolution have in common: windows that move along axes.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace frog {
@@ -10,8 +11,17 @@ namespace frog {
 struct WindowAxis {
   int64_t size = 1, kernel = 1, stride = 1, padding = 0, dilation = 1, count = 1;  // count: of windows
 
-  /// Whether any window fits, and how many places there are to move one.
+  /// Steps of one element that a window can take; negative where none fits.
   int64_t room() const { return size + 2 * padding - dilation * (kernel - 1) - 1; }
+};
+
+/// Three axes, of which the first may be missing and then have size 1.
+struct WindowAxes {
+  std::array<WindowAxis, 3> axes;
+
+  int64_t inputs() const { return axes[0].size * axes[1].size * axes[2].size; }
+  int64_t outputs() const { return axes[0].count * axes[1].count * axes[2].count; }
+  int64_t taps() const { return axes[0].kernel * axes[1].kernel * axes[2].kernel; }  // elements of a window
 };
 
 }  // namespace frog

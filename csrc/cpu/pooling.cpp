@@ -126,8 +126,7 @@ void run(const PoolSizes& s, const Tensor& x_, const Tensor& dx, Tensor& y_, Ten
   const int64_t step = std::max<int64_t>(1, (inputs - (back - front)) / std::max<int64_t>(1, lines - 1));
   const int64_t together = std::clamp<int64_t>((kPositions - (back - front)) / step + 1, 1, lines);
   const int64_t blocks = ceil_div(lines, together), groups = ceil_div(s.planes, kWide);
-  const int64_t elements = s.axes[0].kernel * s.axes[1].kernel * s.axes[2].kernel;  // of a window
-  const int64_t grain = std::max<int64_t>(1, kWork / (together * width * (elements + k) * kWide));
+  const int64_t grain = std::max<int64_t>(1, kWork / (together * width * (s.taps() + k) * kWide));
   torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t first_task, int64_t last_task) {
     const int64_t most = together * width;
     std::vector<C> scratch(y.direct() ? 0 : most);

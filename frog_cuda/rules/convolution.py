@@ -128,7 +128,7 @@ def _as_product(
     db: Tensor | None,
     low: torch.dtype | None,
 ) -> Tensor:
-    rows, matrix = place.rows(x), place.matrix(w)  # (B, C m), (O, C m)
+    rows, matrix = place.rows(x), place.matrix(w)  # (B, m C), (O, m C)
     moved = None
     if dx is None and dw is None and db is None:
         out = F.linear(rows, matrix, b)

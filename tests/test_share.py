@@ -13,7 +13,7 @@ from frog_cuda.experiments import models
 from frog_cuda.share import from_limbs, limbs
 
 SIZES = {
-    "fc": {"width": 256},
+    "fc": {"width": 96},
     "lenet5": {},
     "resnet18": {"width": 8},
     "vit": {"layers": 1, "width": 32, "hidden": 32},
@@ -34,16 +34,28 @@ METHODS = {
 def test_chunks_change_no_bit(name, method, rows):
     """A Gram matrix summed elsewhere, or a product of fewer rows, would show here."""
     found = []
-    k = 16 if name == "fc" else 5  # libraries multiply 16 rows and 4 of a layer as wide as this in another order
     for chunk in (None, 1, 3):
         torch.manual_seed(0)
         model = models.build(name, (3, 16, 16), 10, **SIZES[name])
-        fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(reduction="none"), k=k, chunk_size=chunk, **METHODS[method])
+        fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(reduction="none"), k=5, chunk_size=chunk, **METHODS[method])
         loss = fg(torch.randn(rows, 3, 16, 16), torch.arange(rows))
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         found.append([loss, fg.last.directional_derivatives, fg.last.gram, fg.last.coefficients, *grads, *model.buffers()])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif(frog.build_info()["simd"] == "baseline", reason="the library multiplies, whose bits tell of rows")
+def test_shared_tangents_of_wide_layers_change_no_bit():
+    """Those of the normalisation go through the last layer as k rows, of which libraries multiply 16 and 4 in another order."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 256), nn.LayerNorm(256), nn.Linear(256, 256))
+    x, target, found = torch.randn(8, 48), torch.arange(8), []
+    for chunk in (None, 1, 4, 5):
+        fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(reduction="none"), k=16, perturb="activity", chunk_size=chunk)
+        fg.derivatives(x, target)
+        found.append(fg.last.directional_derivatives)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_sums_do_not_depend_on_their_order():

@@ -36,7 +36,7 @@ def cross_entropy(kernels, x, dx, target, weight=None, ignore_index=-100, label_
     (rows, classes), k = x.shape, dx.shape[0]
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     arguments = [*given((x, dx), skew), target, None if weight is None else weight.to(compute)]
-    results = [result((rows,), x.dtype, skew), result((k, rows), dx.dtype, skew)]
+    results = [result((rows,), x.dtype, skew), result((k, rows), dx.dtype, skew), result((), compute, False)]
     sizes = (rows, classes, k, ignore_index, label_smoothing)
     return kernels.run(f"cross_entropy_{name_of(x.dtype, dx.dtype)}", *arguments, *results, *sizes, seed=seed)
 
@@ -82,7 +82,8 @@ def test_cross_entropy_and_numbers_of_tangents(kernels, k, count):
 def test_ignored_samples_are_exactly_zero(kernels, count):
     x, dx = randn(3, count, dtype=torch.float32), randn(2, 3, count, dtype=torch.float32)
     x[1], dx[:, 1, 2] = NAN, INF
-    loss, dloss = cross_entropy(kernels, x, dx, torch.tensor([2, -100, 4]))
+    loss, dloss, total_weight = cross_entropy(kernels, x, dx, torch.tensor([2, -100, 4]))
+    assert total_weight == 2
     assert loss[1] == 0 and (dloss[:, 1] == 0).all()
     assert (loss[[0, 2]] > 0).all() and (dloss[:, [0, 2]] != 0).all()
 
@@ -91,7 +92,9 @@ def test_ignored_samples_are_exactly_zero(kernels, count):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_target_that_is_no_class_gives_nan(kernels, count, smoothing):
     x, dx = randn(4, count, dtype=torch.float32), randn(2, 4, count, dtype=torch.float32)
-    loss, dloss = cross_entropy(kernels, x, dx, torch.tensor([0, -1, count, 1]), label_smoothing=smoothing)
+    target = torch.tensor([0, -1, count, 1])
+    loss, dloss, total_weight = cross_entropy(kernels, x, dx, target, label_smoothing=smoothing)
+    assert total_weight.isnan()
     assert loss.isnan().tolist() == [False, True, True, False]
     assert dloss.isnan().tolist() == [[False, True, True, False]] * 2
 
@@ -101,7 +104,7 @@ def test_cross_entropy_of_extreme_logits(kernels):
     dx, target = randn(2, 4, 3, dtype=torch.float32), torch.tensor([0, 1, 0, 2])
     check(cross_entropy(kernels, x, dx, target), reference.cross_entropy_jvp(x, dx, target))
     impossible = torch.tensor([[0.0, -INF]])
-    loss, _ = cross_entropy(kernels, impossible, dx[:, :1, :2].contiguous(), torch.tensor([1]))
+    loss = cross_entropy(kernels, impossible, dx[:, :1, :2].contiguous(), torch.tensor([1]))[0]
     assert loss.item() == INF
 
 

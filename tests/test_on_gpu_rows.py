@@ -113,7 +113,9 @@ def test_tangents_of_another_dtype(dtype, tangent_dtype):
 
 def test_what_cannot_be_refused_without_waiting_gives_nan():
     x, dx = randn(4, 9, dtype=torch.float32, seed=1).to(DEVICE), randn(2, 4, 9, dtype=torch.float32, seed=2).to(DEVICE)
-    for t in ops.cross_entropy_jvp(x, dx, torch.tensor([0, -1, 9, -100], device=DEVICE)):
+    loss, dloss, total_weight = ops.cross_entropy_jvp(x, dx, torch.tensor([0, -1, 9, -100], device=DEVICE))
+    assert total_weight.isnan()
+    for t in (loss, dloss):
         assert t.isnan().reshape(-1, 4).tolist() == [[False, True, True, False]] * (t.numel() // 4)
     for t in ops.bce_jvp(x.sigmoid() + 1, dx, x.sigmoid(), with_logits=False):
         assert t.isnan().all()

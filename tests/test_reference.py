@@ -79,7 +79,9 @@ def test_cross_entropy(weighted, smoothing):
     target, weight = torch.tensor([0, 6, 2, 3, 3]), randn(7, seed=2).abs() if weighted else None
     how = dict(weight=weight, ignore_index=2, label_smoothing=smoothing)
     expected = torch_jvp(lambda t: F.cross_entropy(t, target, reduction="none", **how), x, dx)
-    assert_same(reference.cross_entropy_jvp(x, dx, target, **how), expected)
+    loss, dloss, total_weight = reference.cross_entropy_jvp(x, dx, target, **how)
+    assert_same((loss, dloss), expected)
+    assert_same((loss.sum() / total_weight,), (F.cross_entropy(x, target, **how),))
 
 
 def test_mse():

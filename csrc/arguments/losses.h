@@ -22,6 +22,11 @@ inline void check_class_weight(const char* op, const Tensor& weight, const Tenso
   check_shape(op, "weight", weight, {logits.size(1)});
 }
 
+/// What the mean of the losses divides by is no low-precision number: 257 samples are none in bfloat16.
+inline ScalarType total_weight_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 inline void check_target(const char* op, const Tensor& target, const Tensor& input) {
   check_dtype(op, "target", target, input.scalar_type());
   check_shape(op, "target", target, shape_of(input));

@@ -74,9 +74,9 @@ void run(const CrossEntropy<C>& job, C* loss, C* dloss) {
   });
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor& dlogits_, const Tensor& target_,
-                                             const std::optional<Tensor>& weight_, int64_t ignore_index,
-                                             double label_smoothing) {
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor& dlogits_,
+                                                     const Tensor& target_, const std::optional<Tensor>& weight_,
+                                                     int64_t ignore_index, double label_smoothing) {
   const char* op = "cross_entropy_jvp";
   check_cpu(op, "logits", logits_);
   check_logits(op, logits_);
@@ -99,6 +99,7 @@ std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor
   const Tensor logits = torch::stable::contiguous(logits_);
   Tensor loss = new_tensor(logits, {rows}, logits.scalar_type());
   Tensor dloss = new_tensor(logits, {k, rows}, dlogits.scalar_type());
+  Tensor total_weight = new_tensor(logits, {}, total_weight_type(logits));
   const auto go = [&](auto zero) {
     using C = decltype(zero);
     CrossEntropy<C> job{rows, classes, k,    ignore_index,      static_cast<C>(label_smoothing),
@@ -112,6 +113,15 @@ std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor
       for (const C w : job.weight) sum += static_cast<double>(w);
     }
     job.weight_sum = static_cast<C>(sum);
+    double total = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (t[r] != ignore_index) total += job.weight.empty() ? 1.0 : static_cast<double>(job.weight[t[r]]);
+    }
+    if (total_weight.scalar_type() == ScalarType::Double) {
+      *static_cast<double*>(total_weight.mutable_data_ptr()) = total;
+    } else {
+      *static_cast<float*>(total_weight.mutable_data_ptr()) = static_cast<float>(total);
+    }
     const Sink<C> loss_out(loss), dloss_out(dloss);
     std::vector<C> loss_wide(loss_out.direct() ? 0 : rows), dloss_wide(dloss_out.direct() ? 0 : k * rows);
     C* loss_data = loss_out.place(0, loss_wide.data());
@@ -125,7 +135,7 @@ std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor
   } else {
     go(float{});
   }
-  return {loss, dloss};
+  return {loss, dloss, total_weight};
 }
 
 // ---- elementwise losses

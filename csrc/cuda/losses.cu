@@ -10,9 +10,9 @@
 namespace frog {
 namespace {
 
-std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits, const Tensor& dlogits, const Tensor& target,
-                                             const std::optional<Tensor>& weight, int64_t ignore_index,
-                                             double label_smoothing) {
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_jvp(const Tensor& logits, const Tensor& dlogits, const Tensor& target,
+                                                     const std::optional<Tensor>& weight, int64_t ignore_index,
+                                                     double label_smoothing) {
   const char* op = "cross_entropy_jvp";
   check_logits(op, logits);
   check_tangents_on_device(op, "dlogits", dlogits, logits);
@@ -30,13 +30,16 @@ std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits, const Tensor&
   const Tensor t = torch::stable::contiguous(target);
   const std::optional<Tensor> w = dense_as(weight, compute);
   Tensor loss = new_on(logits, {rows}, types.primal), dloss = new_on(logits, {k, rows}, types.tangents);
+  Tensor total_weight = new_on(logits, {}, compute);
   dispatch_types(op, types, [&](auto primal, auto tangent) {
     using X = decltype(primal);
     using T = decltype(tangent);
-    launch_cross_entropy(in<X>(x), in<T>(dx), in<int64_t>(t), in<typename Compute<X>::type>(w), out<X>(loss),
-                         out<T>(dloss), rows, classes, k, ignore_index, label_smoothing, stream);
+    using C = typename Compute<X>::type;
+    launch_cross_entropy(in<X>(x), in<T>(dx), in<int64_t>(t), in<C>(w), out<X>(loss), out<T>(dloss),
+                         out<C>(total_weight), rows, classes, k, ignore_index, label_smoothing, stream);
   });
-  return {to_dtype(loss, logits.scalar_type()), to_dtype(dloss, dlogits.scalar_type())};
+  return {to_dtype(loss, logits.scalar_type()), to_dtype(dloss, dlogits.scalar_type()),
+          to_dtype(total_weight, total_weight_type(logits))};
 }
 
 std::tuple<Tensor, Tensor> mse_jvp(const Tensor& input, const std::optional<Tensor>& dinput, const Tensor& target,

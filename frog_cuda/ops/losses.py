@@ -16,12 +16,13 @@ def cross_entropy_jvp(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Per-sample cross entropy of ``logits`` (B, C) with class indices ``target`` int64 (B,), as ``reduction="none"``.
 
     Returns:
-        loss ``(B,)``; dloss ``(k, B)``; ignored samples have both exactly 0. What the CPU refuses, a target that is no class,
-        gives NaN on a GPU, which is not waited for.
+        loss ``(B,)``; dloss ``(k, B)``; ignored samples have both exactly 0. total_weight ``()``, by which the mean divides:
+        the sum of the weights of the targets that are not ignored, float64 for float64 logits and float32 for all others. What
+        the CPU refuses, a target that is no class, gives NaN on a GPU, which is not waited for.
     """
     _guard("cross_entropy_jvp", logits, dlogits, weight)
     with _AutoDispatchBelowAutograd():

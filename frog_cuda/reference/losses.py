@@ -17,8 +17,11 @@ def cross_entropy_jvp(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """``-(1 - s) w_t log p_t - (s / C) sum_c w_c log p_c`` with ``p = softmax(logits)``, which is linear in ``log p``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``-(1 - s) w_t log p_t - (s / C) sum_c w_c log p_c`` with ``p = softmax(logits)``, which is linear in ``log p``.
+
+    Then the sum of all ``w_t``.
+    """
     classes = logits.shape[1]
     w = torch.ones(classes, dtype=torch.float64) if weight is None else weight.double()
     ignored = target == ignore_index
@@ -31,7 +34,7 @@ def cross_entropy_jvp(
             total = total - label_smoothing / classes * (w * v).sum(1)
         return torch.where(ignored, 0.0, total)
 
-    return loss(log_p), torch.stack([loss(v) for v in dlog_p])
+    return loss(log_p), torch.stack([loss(v) for v in dlog_p]), w[t][~ignored].sum()
 
 
 def mse_jvp(input: Tensor, dinput: Tensor | None, target: Tensor, dtarget: Tensor | None = None) -> tuple[Tensor, Tensor]:

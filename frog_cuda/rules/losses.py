@@ -83,17 +83,10 @@ def cross_entropy(
             classes = logits.shape[1]
             logits = logits.movedim(1, -1).reshape(-1, classes)
             tangents = tangents.movedim(2, -1).reshape(k, -1, classes)
-    loss, dloss = _cross_entropy_jvp(logits, tangents, flat, weight, ignore_index, label_smoothing)
-    count = None
-    if reduction == "mean":
-        kept = flat != ignore_index
-        if weight is None:
-            count = kept.count_nonzero()
-        else:
-            count = _wide(weight[torch.where(kept, flat, 0)] * kept).sum()
+    loss, dloss, total_weight = _cross_entropy_jvp(logits, tangents, flat, weight, ignore_index, label_smoothing)
     if reduction == "none" and len(shape) != 1:
         loss, dloss = loss.view(shape), dloss.view(k, *shape)
-    return _reduced(loss, dloss, k, reduction, count)
+    return _reduced(loss, dloss, k, reduction, total_weight)
 
 
 @rule(F.mse_loss)

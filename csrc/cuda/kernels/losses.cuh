@@ -227,11 +227,31 @@ __global__ void __launch_bounds__(kRowThreads) cross_entropy_long_kernel(CrossEn
   }
 }
 
-/// x [rows, classes], dx [k, rows, classes], classes >= 1; loss [rows], dloss [k, rows].
+/// Sum of the weights of the targets that count, by one block: beside the logits of a row, a target is nothing.
+template <class C>
+__global__ void __launch_bounds__(kRowThreads)
+    total_weight_kernel(const int64_t* target, const C* weight, C* total, int64_t rows, int64_t classes,
+                        int64_t ignore_index) {
+  FROG_SHARED(double, shared);
+  const Group group(kRowThreads, 1, shared);
+  double sum[1] = {0};
+  for (int64_t r = group.lane; r < rows; r += kRowThreads) {
+    const int64_t t = target[r];
+    if (t == ignore_index) continue;
+    const bool known = t >= 0 && t < classes;
+    sum[0] += !known ? static_cast<double>(NAN) : weight == nullptr ? 1.0 : static_cast<double>(weight[t]);
+  }
+  group.sum(sum);
+  if (group.lane == 0) *total = static_cast<C>(sum[0]);
+}
+
+/// x [rows, classes], dx [k, rows, classes], classes >= 1; loss [rows], dloss [k, rows], total_weight [1].
 template <class X, class T>
 void launch_cross_entropy(const X* x, const T* dx, const int64_t* target, const typename Compute<X>::type* weight,
-                          X* loss, T* dloss, int64_t rows, int64_t classes, int64_t k, int64_t ignore_index,
-                          double smoothing, cudaStream_t stream) {
+                          X* loss, T* dloss, typename Compute<X>::type* total_weight, int64_t rows, int64_t classes,
+                          int64_t k, int64_t ignore_index, double smoothing, cudaStream_t stream) {
+  launch(total_weight_kernel<typename Compute<X>::type>, dim3(1), dim3(kRowThreads),
+         Group::shared_bytes(kRowThreads, 1), stream, target, weight, total_weight, rows, classes, ignore_index);
   if (rows == 0) return;
   const RowShape shape = dense_rows(rows, classes);
   dispatch_rows<X, T>(shape, k, aligned16(x) && aligned16(dx), [&](auto packed, const RowLaunch& l) {

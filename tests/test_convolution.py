@@ -113,6 +113,28 @@ def test_bad_input(change, match):
         ops.convolution_jvp(**arguments | SHAPES["2d"][2] | change)
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["neighbours", "apart"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_results_are_those_of_each_image(together, transposed):
+    """The library gets some images at a time, in numbers that do not divide; how many does not show."""
+    images, k = 37, 2
+    w, options = draw(8, 8, 3, 3, dtype=torch.float32), dict(stride=[1, 1], padding=[1, 1], dilation=[1, 1])
+    options |= dict(output_padding=[0, 0], transposed=transposed)
+    x, dx = neighbours(k, (images, 8, 64, 64), torch.float32)
+    assert x.nbytes > 2 * (2 << 20)  # several calls even for the value alone
+    if not together:
+        dx = dx.clone()
+    y, dy = ops.convolution_jvp(x, dx, w, draw(8, dtype=torch.float32), **options)
+    assert y.data_ptr() + y.nbytes == dy.data_ptr()
+    for at in (0, 1, 17, images - 1):
+        some = [t[..., at : at + 1, :, :, :] for t in (x, dx)]
+        exact = reference.convolution_jvp(*some, w, draw(8, dtype=torch.float32), **options)
+        assert_close32(y[at : at + 1], exact[0])
+        assert_close32(dy[:, at : at + 1], exact[1])
+    one = ops.convolution_jvp(x, dx[1:], w, draw(8, dtype=torch.float32), **options)
+    assert torch.equal(one[0], y) and torch.equal(one[1], dy[1:])
+
+
 # ---- sampled weight tangents
 
 STATE = torch.tensor([-7, 3])
@@ -123,6 +145,8 @@ SAMPLED = {
     "strided": ((2, 6, 5, 3), (2, 4, 9, 9), dict(kernel=[3, 3], stride=[2, 2], padding=[1, 0], dilation=[1, 2])),
     "3d": ((1, 6, 3, 4, 2), (1, 2, 4, 5, 3), dict(kernel=[2] * 3, stride=[1] * 3, padding=[0] * 3, dilation=[1] * 3)),
     "empty": ((0, 6, 7, 5), (0, 4, 7, 5), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])),
+    # 4 MiB in float32: more than one call of the library
+    "large": ((67, 4, 65, 63), (67, 3, 65, 63), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])),
 }
 
 

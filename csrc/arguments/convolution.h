@@ -56,6 +56,18 @@ inline void check_convolution(const char* op, const Tensor& x, const Tensor& dx,
   }
 }
 
+/// Shape [B, O, *] of the convolution of x, whose arguments fit.
+inline std::vector<int64_t> convolved_shape(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
+  const auto of = [](const std::vector<int64_t>& values, int64_t a) { return values[values.size() == 1 ? 0 : a]; };
+  std::vector<int64_t> shape{x.size(0), o.transposed ? weight.size(1) * o.groups : weight.size(0)};
+  for (int64_t a = 0; a < x.dim() - 2; ++a) {
+    const int64_t reach = of(o.dilation, a) * (weight.size(2 + a) - 1), padding = 2 * of(o.padding, a);
+    shape.push_back(o.transposed ? (x.size(2 + a) - 1) * of(o.stride, a) - padding + reach + of(o.output_padding, a) + 1
+                                 : (x.size(2 + a) + padding - reach - 1) / of(o.stride, a) + 1);
+  }
+  return shape;
+}
+
 /// bias (O,), for a result with O channels.
 inline void check_convolution_bias(const char* op, const Tensor& bias, const Tensor& x, int64_t channels) {
   check_dtype(op, "bias", bias, x.scalar_type());

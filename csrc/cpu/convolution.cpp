@@ -2,6 +2,9 @@
 // dx are neighbours in memory, as the operators of this library leave them, value and tangents are one call: the
 // library lays a weight out anew in every call, which for the late layers of a residual network costs as much as the
 // products.
+#include <cstring>
+#include <tuple>
+
 #include "../arguments/convolution.h"
 #include "blocks.h"
 #include "product.h"
@@ -14,6 +17,41 @@ constexpr const char* kOp = "convolution_jvp";
 Tensor convolve(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
   return torch::stable::contiguous(
       convolution(x, weight, std::nullopt, o.stride, o.padding, o.dilation, o.transposed, o.output_padding, o.groups));
+}
+
+// How many images one call of the library gets. It lays images and results out anew in memory of its own, which goes
+// back to the system and cannot be that of other results: with few images it is little, and stays in cache. The weight
+// is laid out anew in every call.
+int64_t images_of_a_call(int64_t images, int64_t result_bytes, int64_t weight_bytes) {
+  constexpr int64_t kCallBytes = int64_t{2} << 20, kFewest = 16;  // fewer may take another path in the library
+  const int64_t each = std::max<int64_t>(1, result_bytes / std::max<int64_t>(1, images));
+  const int64_t most = std::max(kFewest, std::max(kCallBytes, 4 * weight_bytes) / each);
+  const int64_t calls = std::max<int64_t>(1, images / most);
+  return ceil_div(images, calls);
+}
+
+// Calls body(first element, result) for a convolution of x, some images after the other; `numel` elements in all.
+template <class Body>
+void for_convolved(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o, int64_t numel,
+                   const Body& body) {
+  const int64_t images = x.size(0), bytes = static_cast<int64_t>(x.element_size());
+  const int64_t each = images_of_a_call(images, numel * bytes, weight.numel() * bytes);
+  std::vector<int64_t> shape = shape_of(x);
+  for (int64_t first = 0; first < images; first += each) {
+    shape[0] = std::min(each, images - first);
+    body(numel / images * first, convolve(part_of(x, x.numel() / images * first, shape), weight, o));
+  }
+}
+
+// The same as one tensor at `to`.
+void convolve_to(char* to, const Tensor& x, const Tensor& weight, const ConvolutionOptions& o, int64_t numel) {
+  const int64_t bytes = static_cast<int64_t>(x.element_size());
+  for_convolved(x, weight, o, numel, [&](int64_t first, const Tensor& part) {
+    const char* from = static_cast<const char*>(part.const_data_ptr());
+    torch::stable::parallel_for(0, part.numel(), kWork, [&](int64_t a, int64_t b) {
+      std::memcpy(to + (first + a) * bytes, from + a * bytes, static_cast<size_t>((b - a) * bytes));
+    });
+  });
 }
 
 // y [B, O, *] += bias [O]
@@ -40,25 +78,28 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
   const Tensor dx = torch::stable::contiguous(dx_);
   const Tensor x = torch::stable::contiguous(x_);
   const int64_t k = dx.size(0), batch = x.size(0);
-  std::vector<int64_t> images = shape_of(x);
-  Tensor y, dy;
-  std::vector<int64_t> shape, dy_shape;
-  const auto shapes_from = [&](const Tensor& result) {
-    shape = shape_of(result), shape[0] = batch;
-    dy_shape = shape, dy_shape.insert(dy_shape.begin(), k);
-  };
+  const std::vector<int64_t> shape = convolved_shape(x, weight, options);
+  int64_t numel = 1;
+  for (const int64_t size : shape) numel *= size;
   const char* end = static_cast<const char*>(x.const_data_ptr()) + x.numel() * static_cast<int64_t>(x.element_size());
-  if (end == dx.const_data_ptr()) {
-    images[0] = (1 + k) * batch;
-    const Tensor all = convolve(part_of(x, 0, images), weight, options);  // dx outlives the call
-    shapes_from(all);
-    y = part_of(all, 0, shape), dy = part_of(all, all.numel() / (1 + k), dy_shape);
+  const bool neighbours = end == dx.const_data_ptr();
+  std::vector<int64_t> images = shape_of(x);
+  images[0] = (neighbours ? 1 + k : k) * batch;
+  const Tensor moved = neighbours ? part_of(x, 0, images) : torch::stable::view(dx, images);  // dx outlives the call
+  const int64_t bytes = numel * static_cast<int64_t>(x.element_size()),
+                several = images[0] / std::max<int64_t>(1, batch);
+  Tensor y, dy;
+  if (images_of_a_call(images[0], several * bytes, weight.numel() * static_cast<int64_t>(x.element_size())) >=
+      images[0]) {
+    std::vector<int64_t> dy_shape = shape;
+    dy_shape.insert(dy_shape.begin(), k);
+    const Tensor all = convolve(moved, weight, options);
+    y = neighbours ? part_of(all, 0, shape) : convolve(x, weight, options);
+    dy = part_of(all, neighbours ? numel : 0, dy_shape);
   } else {
-    y = convolve(x, weight, options);
-    shapes_from(y);
-    images[0] = k * batch;
-    const Tensor moved = convolve(torch::stable::view(dx, images), weight, options);
-    dy = part_of(moved, 0, dy_shape);
+    std::tie(y, dy) = new_dual(x, shape, k, x.scalar_type(), x.scalar_type());
+    if (!neighbours) convolve_to(static_cast<char*>(y.mutable_data_ptr()), x, weight, options, numel);
+    convolve_to(static_cast<char*>((neighbours ? y : dy).mutable_data_ptr()), moved, weight, options, several * numel);
   }
   if (bias) {
     check_cpu(kOp, "bias", *bias);
@@ -197,6 +238,7 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
   check_sampled_convolution(op, self, x_, state, o);
   const Tensor x = torch::stable::contiguous(x_);
   const int64_t k = self.size(0), outputs = self.size(2), weights = outputs * x.size(1) * o.kernel_size();
+  const int64_t numel = self.numel() / std::max<int64_t>(1, k);
   draw_spec(op, state, k, first, distribution);  // raises before anything is written
   std::vector<int64_t> shape{outputs, x.size(1)};
   shape.insert(shape.end(), kernel.begin(), kernel.end());
@@ -207,18 +249,17 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
                                       detail::box(offset),         detail::box(first + i),  detail::box(distribution),
                                       detail::box(x.scalar_type())};
     const Tensor v = detail::call_for_tensor("frog_cuda::sample_tangents", "", stack.data());
-    const Tensor moved = convolve(x, torch::stable::view(v, shape), options);  // [B, O, *]
     dispatch_floating(op, x.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       using C = typename ComputeOf<T>::type;
-      T* to = static_cast<T*>(target.mutable_data_ptr()) + i * moved.numel();
-      const T* from = static_cast<const T*>(moved.const_data_ptr());
-      torch::stable::parallel_for(0, moved.numel(), kWork, [&](int64_t a, int64_t b) {
-        if (!add) {
-          std::copy(from + a, from + b, to + a);
-          return;
-        }
-        for (int64_t j = a; j < b; ++j) to[j] = static_cast<T>(static_cast<C>(to[j]) + static_cast<C>(from[j]));
+      T* row = static_cast<T*>(target.mutable_data_ptr()) + i * numel;  // [B, O, *]
+      if (!add) return convolve_to(reinterpret_cast<char*>(row), x, torch::stable::view(v, shape), options, numel);
+      for_convolved(x, torch::stable::view(v, shape), options, numel, [&](int64_t at, const Tensor& part) {
+        const T* from = static_cast<const T*>(part.const_data_ptr());
+        torch::stable::parallel_for(0, part.numel(), kWork, [&](int64_t a, int64_t b) {
+          T* to = row + at;
+          for (int64_t j = a; j < b; ++j) to[j] = static_cast<T>(static_cast<C>(to[j]) + static_cast<C>(from[j]));
+        });
       });
     });
   }

@@ -186,7 +186,9 @@ def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, o
     spread = factors.left.view(k, r, 1, -1, *(1,) * (inner.dim() - 3))
     first = 0
     if plain:
-        out, first = wrap(out, inner[:, :, :1] * spread[:, 0].mul(factors.scale), factors.dtype), 1
+        moved = torch.empty((k, *out.shape), dtype=factors.dtype, device=out.device)  # contiguous, as inner is not
+        torch.mul(inner[:, :, :1], spread[:, 0].mul(factors.scale), out=moved)
+        out, first = wrap(out, moved, factors.dtype), 1
     moved = out.tangents
     for j in range(first, r):
         moved.addcmul_(inner[:, :, j : j + 1].to(moved.dtype), spread[:, j].to(moved.dtype), value=factors.scale)

@@ -28,7 +28,7 @@ def missing(library: str) -> str:
     return ""
 
 
-NO_TRANSFORMERS, NO_TORCHVISION = missing("transformers"), missing("torchvision")
+NO_TRANSFORMERS, NO_TORCHVISION, NO_TIMM = missing("transformers"), missing("torchvision"), missing("timm")
 K = 2
 ROWS, LENGTH, WIDTH, TOKENS = 3, 7, 16, 31
 
@@ -208,8 +208,8 @@ TRANSFORMERS: dict[str, Callable[[str], Case]] = dict(gpt2=gpt2, bert=bert, llam
 # ---- torchvision, whose models take one tensor
 
 
-def vision(model: nn.Module, layers: list[list[str]], innermost: Any = None) -> Case:
-    images = dict(x=draw(ROWS, 3, 32, 32))
+def vision(model: nn.Module, layers: list[list[str]], innermost: Any = None, size: int = 32) -> Case:
+    images = dict(x=draw(ROWS, 3, size, size))
     return Case(model, images, images, layers, innermost)
 
 
@@ -271,6 +271,64 @@ def swin() -> Case:
 
 TORCHVISION: dict[str, Callable[[], Case]] = dict(
     resnet18=resnet18, vit=vision_transformer, mobilenet_v3_small=mobilenet, convnext_tiny=convnext, swin_t=swin
+)
+
+
+# ---- timm
+
+
+def timm_vit() -> Case:
+    """Registers, normalised queries and keys, layer scale: parameters that belong to blocks and to the model itself."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=WIDTH, depth=2, num_heads=2, mlp_ratio=2, num_classes=4, reg_tokens=2,
+        qk_norm=True, init_values=0.1,
+    )  # fmt: skip
+    before = ["patch_embed", "cls_token", "pos_embed", "reg_token"]
+    return vision(model, blocks(model, before, ("Block",), ["norm", "head"]))
+
+
+def timm_mixer() -> Case:
+    from timm.models.mlp_mixer import MlpMixer
+
+    model = MlpMixer(img_size=32, patch_size=8, embed_dim=WIDTH, num_blocks=2, num_classes=4)
+    return vision(model, blocks(model, ["stem"], ("MixerBlock",), ["norm", "head"]))
+
+
+def staged(model: nn.Module, stages: str, before: list[str], after: list[str], size: int = 32) -> Case:
+    """Each stage a layer."""
+    names = [[f"{stages}.{i}"] for i in range(len(model.get_submodule(stages)))]  # type: ignore[arg-type]
+    return vision(model, [before, *names, after], size=size)
+
+
+def timm_mobilenetv4() -> Case:
+    """Depthwise convolutions of several sizes, normalisation and activation as one module."""
+    from timm import create_model
+
+    model = create_model("mobilenetv4_conv_small_035", num_classes=4)
+    # 64: at the end batch statistics of three samples of 1x1 would be ill-conditioned beyond the bound
+    return staged(model, "blocks", ["conv_stem", "bn1"], ["conv_head", "norm_head", "classifier"], size=64)
+
+
+def timm_convnextv2() -> Case:
+    """Global response normalisation."""
+    from timm.models.convnext import ConvNeXt
+
+    model = ConvNeXt(num_classes=4, depths=(1, 1, 1, 1), dims=(8, 16, 16, 24), use_grn=True, ls_init_value=None)
+    return staged(model, "stages", ["stem"], ["head"])
+
+
+def timm_resnetv2() -> Case:
+    """Weights standardised in each call, group normalisation before the activation."""
+    from timm.models.resnetv2 import ResNetV2
+
+    model = ResNetV2(layers=(1, 1, 1, 1), channels=(128, 128, 128, 128), stem_chs=32, num_classes=4)
+    return staged(model, "stages", ["stem"], ["norm", "head"])
+
+
+TIMM: dict[str, Callable[[], Case]] = dict(
+    vit=timm_vit, mixer=timm_mixer, mobilenetv4=timm_mobilenetv4, convnextv2=timm_convnextv2, resnetv2=timm_resnetv2
 )
 
 
@@ -409,3 +467,29 @@ class TestTorchvision:
     def test_forward_gradient_of_innermost_modules(self, name):
         case = TORCHVISION[name]()
         check_gradient(case, layers=case.innermost)
+
+
+@pytest.mark.skipif(bool(NO_TIMM), reason=NO_TIMM)
+@pytest.mark.parametrize("name", TIMM)
+class TestTimm:
+    @pytest.mark.parametrize("parameters", [True, False], ids=["parameters", "inputs"])
+    def test_jvp(self, name, parameters, monkeypatch):
+        check_jvp(TIMM[name](), monkeypatch, parameters=parameters)
+
+    @pytest.mark.parametrize("options", [dict(perturb="weight"), dict(), dict(per_sample=False)], ids=str)
+    def test_forward_gradient(self, name, options):
+        case = TIMM[name]()
+        if "perturb" not in options:
+            options = options | dict(layers=case.layers)
+        check_gradient(case, **options)
+
+    @pytest.mark.parametrize("perturb", ["weight", "activity"])
+    def test_forward_gradient_in_train_mode(self, name, perturb):
+        case = TIMM[name]()
+        case.model.train()
+        check_gradient(case, perturb=perturb, layers=case.layers, per_sample=False)
+
+    def test_no_call_is_left_to_the_fallback(self, name):
+        case = TIMM[name]()
+        coverage = frog.coverage(case.model, case.discrete)
+        assert coverage.count("fused") > 0 and coverage.count("fallback") == coverage.count("unsupported") == 0

@@ -144,6 +144,21 @@ def mul(func: Any, a: Any, b: Any) -> Any:
     return wrap(out, full(total, out), low_dtype(a, b))
 
 
+@aten(_aten.addcmul.default)
+def addcmul(func: Any, x: Any, a: Any, b: Any, *, value: Any = 1) -> Any:
+    px, tx = parts(x)
+    pa, ta = parts(a)
+    pb, tb = parts(b)
+    out = func(px, pa, pb, value=value)
+    if tx is None and ta is None and tb is None:
+        return out
+    total = None if ta is None else lift(ta, out) * pb
+    if tb is not None:
+        other = lift(tb, out) * pa
+        total = other if total is None else total + other
+    return _sum(out, low_dtype(x, a, b), tx, total, value)
+
+
 @aten(_aten.div.Tensor, _aten.div.Scalar, _aten.div.Tensor_mode, _aten.div.Scalar_mode)
 def div(func: Any, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
     pa, ta = parts(a)

@@ -73,3 +73,17 @@ def logsumexp(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
         return NotImplemented
     moved = (tangents * (value - kept).exp()).sum([shift(d, value.dim()) for d in dim], keepdim=keepdim)
     return wrap(func(value, dim, keepdim), moved, low_dtype(x))
+
+
+@aten(_aten.linalg_vector_norm.default)
+def euclidean_norm(
+    func: Any, x: Any, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """``|x|' = <x, x'> / |x|``, and 0 where x is, as in PyTorch."""
+    value, tangents = parts(x)
+    if tangents is None or ord != 2 or dtype is not None or value.is_complex() or value.dim() == 0:
+        return NotImplemented
+    dims = [shift(d, value.dim()) for d in dim] if dim else all_dims(value)
+    out = func(value, ord, dim, keepdim)
+    moved = (tangents * value).sum(dims, keepdim).div_(out).masked_fill_(out == 0, 0)
+    return wrap(out, moved, low_dtype(x))

@@ -1,4 +1,4 @@
-"""What low-precision tangents lose: bfloat16 and float16 against float32, the primal in float32.
+"""What low-precision tangents lose: bfloat16, float16 and float8 (e4m3) against float32, the primal in float32.
 
     python benchmarks/tangent_dtype.py [--models fc1024,vit,...] [--k 1,4,16] [--output FOLDER]
 
@@ -28,7 +28,7 @@ from torch import Tensor  # noqa: E402
 
 MODELS = ["fc1024", "lenet5", "resnet18", "vit", "mixer", "gpt256"]
 KINDS: list[type[ForwardGradient]] = [Activity, WeightLowRank]
-LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e4m3fn}
 SEEDS = range(3)
 
 

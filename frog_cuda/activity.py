@@ -343,10 +343,14 @@ class ActivityPerturbation:
             weights, _ = self._weights(segment, estimate, torch.float64)
             return tangents.combine_samples(segment.piece, weights, segment.dtype)
         v = _joined(segment)
-        weights, _ = self._weights(segment, estimate, v.dtype)
-        if self.shared:
-            return (weights.T @ flat(v)).view(shape)
-        return torch.einsum("kb,kbm->bm", weights, flat(v, 2)).view(shape)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        weights, _ = self._weights(segment, estimate, wide)
+        if self.shared:  # few
+            return (weights.T @ flat(v).to(wide)).view(shape)
+        # What a mean over many losses leaves to each may be nothing in float16: weights of 1 at most, scaled afterwards
+        largest = weights.abs().amax().clamp_(min=torch.finfo(wide).tiny)
+        gradient = torch.einsum("kb,kbm->bm", (weights / largest).to(v.dtype), flat(v, 2))
+        return gradient.to(wide).mul_(largest).view(shape)
 
     def _recorded(self, wanted: list[tuple[Segment, Tensor]], inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         """Layer-local gradients of arbitrary layers: the plain pass again, autograd on, cut at each layer's output."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import aggregate as aggregations
 from . import cuda_graph as graphs
+from . import float8
 from . import tangents as distributions
 from ._checks import check_count, check_seed, check_step, flat
 from .activity import ActivityPerturbation
@@ -52,7 +53,8 @@ class ForwardGradient:
         tangents: a name, an object of :mod:`frog_cuda.tangents`, a callable, or tensors used as they are:
             ``{name: (k, *shape)}`` with a parameter's shape, or for activities the shape of an output without its batch axis.
         aggregate: a name or an object of :mod:`frog_cuda.aggregate`, or a callable ``(tangents, derivatives) -> gradient``.
-        tangent_dtype: floating dtype of the tangents; None means that of the parameters or outputs.
+        tangent_dtype: floating dtype of the tangents; None means that of the parameters or outputs. ``torch.float8_e4m3fn``:
+            in bfloat16, but multiplied with the weights of linear layers in 8 bits, see :mod:`frog_cuda.float8`.
         per_sample: activity only. With losses ``(B,)``, each sample has its own directional derivatives, (k, B), and its own
             projection. Exact unless a sample's loss depends on other samples (BatchNorm in train mode): cross terms are missed
             then, and False gives one derivative per tangent for the batch. A scalar loss always works as False does.
@@ -106,8 +108,9 @@ class ForwardGradient:
             raise TypeError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
         if not callable(loss_fn):
             raise TypeError(f"loss_fn is of type {type(loss_fn).__name__}; expected a callable (output, target) -> loss")
-        if tangent_dtype is not None and not (isinstance(tangent_dtype, torch.dtype) and tangent_dtype.is_floating_point):
-            raise ValueError(f"tangent_dtype is {tangent_dtype!r}; expected a floating point torch.dtype, or None")
+        if tangent_dtype is not None and tangent_dtype not in float8.ACCEPTED:
+            accepted = ", ".join(map(str, float8.ACCEPTED))
+            raise ValueError(f"tangent_dtype is {tangent_dtype!r}; accepted are {accepted} and None")
         self.model, self.loss_fn, self.k = model, loss_fn, check_count("k", k)
         self.distribution, self.aggregate = distributions.resolve(tangents), aggregations.resolve(aggregate)
         self.chunk_size, self._chunks = check_chunk_size(chunk_size, memory_budget)
@@ -174,13 +177,14 @@ class ForwardGradient:
 
     def _estimate(self, tangents: TangentSet, inputs: Inputs, target: Any, share: Share = ALONE) -> Estimate:
         """The forward passes along ``tangents``, and the projection; changes nothing of this object's but the chosen chunk."""
-        step = Step(tangents, self.loss_fn, inputs, target, self.tangent_dtype)
-        chunk_size = self.chunk_size
-        if isinstance(chunk_size, str):
-            chunk_size = self.chosen_chunk_size = self._chunks.choose(self._method, step)
-        return self._method.derivatives(
-            step, self.aggregate, chunk_size=chunk_size, correct_length=self.scaling_correction, share=share
-        )
+        step = Step(tangents, self.loss_fn, inputs, target, float8.carried(self.tangent_dtype))
+        with float8.products(self.tangent_dtype, self._method.device):
+            chunk_size = self.chunk_size
+            if isinstance(chunk_size, str):
+                chunk_size = self.chosen_chunk_size = self._chunks.choose(self._method, step)
+            return self._method.derivatives(
+                step, self.aggregate, chunk_size=chunk_size, correct_length=self.scaling_correction, share=share
+            )
 
     def _took(self, tangents: TangentSet, inputs: Inputs, estimate: Estimate) -> None:
         """Makes ``estimate`` the latest and counts the step."""

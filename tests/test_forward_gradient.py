@@ -228,6 +228,27 @@ def test_float32_and_low_precision_tangents(perturb):
         assert cosine > 0.99, name  # bfloat16 keeps 8 bits; five layers of rounding stay within a few per cent
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("group", [None, [["0", "1", "2"], ["4"]]], ids=["innermost", "groups"])
+def test_estimates_below_what_float16_can_hold(shared, group):
+    """Tangents are of size one; a mean over many losses leaves each activity a gradient far below float16's smallest number."""
+    x, y = batch(33)
+    options = dict(k=K, shared_across_batch=shared, layers=group)
+    grads = []
+    for dtype in (None, torch.float16):
+        model = mlp(torch.float32)
+        fg = frog.ForwardGradient(model, lambda o, t: 1e-6 * per_sample(o, t), tangent_dtype=dtype, **options)
+        fg.derivatives(x.float(), y)
+        # derivatives are sums in the low precision; the rest is not
+        if dtype is not None:
+            fg.last.base_coefficients.copy_(coefficients)
+        coefficients = fg.last.base_coefficients.clone()
+        fg.accumulate_()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]).double())
+    assert grads[0].abs().max() < 1e-5
+    assert F.cosine_similarity(*grads, 0) > 1 - 1e-5
+
+
 @pytest.mark.parametrize("perturb", ["weight", "activity"])
 def test_bfloat16_model(perturb):
     x, y = batch(16)

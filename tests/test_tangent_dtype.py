@@ -18,7 +18,10 @@ def test_it_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "tangent_dtype.json").read_text())["records"]
     assert {(r["kind"], r["k"], r["dtype"]) for r in records} == {
-        (kind, k, dtype) for kind in ("activity", "weight, low rank") for k in (1, 3) for dtype in ("bfloat16", "float16")
+        (kind, k, dtype)
+        for kind in ("activity", "weight, low rank")
+        for k in (1, 3)
+        for dtype in ("bfloat16", "float16", "float8")
     }
     for r in records:
         assert 0 < r["error"] < 0.05 and 0.99 < r["cosine"] <= 1 + 1e-9

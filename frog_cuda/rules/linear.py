@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import float8, ops
 from ..dual import DualTensor, SampledTangents, _k_mismatch, _make, aten, rule
 from ..low_rank import Factors
 from .helpers import FUSED_DTYPES, rows_times
@@ -52,8 +52,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         if b_sampled is None:
             db = bias._tangents if bias._activity is None else bias.tangents
     if w.layout is not torch.strided and w.dim() == 2:
-        product = torch.matmul(input, w.t())
-        return product if bias is None else product + bias
+        out = torch.matmul(input, w.t())
+        return out if bias is None else out + bias
     if x.dtype is not w.dtype or x.dtype not in FUSED_DTYPES or w.dim() != 2 or x.dim() == 0:
         return NotImplemented
     if activity is not None:
@@ -64,13 +64,17 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
             activity = rows_times(activity, w)
         else:
             dx, activity = input.tangents, None
+    product = None  # of tangents that were multiplied beforehand
+    if dx is not None and float8.takes(dx, w):
+        product, dx = float8.product(dx, w), None
     # A single draw serves both parameters where they come from the same set of tangents
     source = sampled if sampled is not None else b_sampled
     if source is None:
         if dx is None and dw is None and db is None and activity is None:
-            return F.linear(x, w, b)
+            y = F.linear(x, w, b)
+            return y if product is None else _make(y, product, k)
         y, dy, _ = _linear_jvp(x, dx, w, b, dw, db, activity, None, k, 0, 0, None, None, _IDENTITY, 0.0, 0.0, False)
-        return _make(y, dy, k)
+        return _make(y, dy if product is None else product.add_(dy), k)
     if b_sampled is not None and b_sampled is not source and not _same_set(source, b_sampled):
         db, b_sampled = bias.tangents, None
     w_offset = None if sampled is None else sampled.offset
@@ -110,7 +114,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
             grams[w_offset], grams[b_offset] = made, partial(empty.new_zeros, (side, side), dtype=torch.float64)
     if dx is None and source.dtype is not None:
         dy = dy.to(source.dtype)
-    return _make(y, dy, k)
+    return _make(y, dy if product is None else product.add_(dy), k)
 
 
 def _low_rank(input: Any, weight: Tensor, factors: Factors, bias: Any) -> Any:

@@ -234,13 +234,13 @@ def test_estimates_below_what_float16_can_hold(shared, group):
     """Tangents are of size one; a mean over many losses leaves each activity a gradient far below float16's smallest number."""
     x, y = batch(33)
     options = dict(k=K, shared_across_batch=shared, layers=group)
-    grads = []
+    grads: list[torch.Tensor] = []
+    coefficients = torch.empty(0)
     for dtype in (None, torch.float16):
         model = mlp(torch.float32)
         fg = frog.ForwardGradient(model, lambda o, t: 1e-6 * per_sample(o, t), tangent_dtype=dtype, **options)
         fg.derivatives(x.float(), y)
-        # derivatives are sums in the low precision; the rest is not
-        if dtype is not None:
+        if grads:  # derivatives were rounded all the way; what follows is not
             fg.last.base_coefficients.copy_(coefficients)
         coefficients = fg.last.base_coefficients.clone()
         fg.accumulate_()

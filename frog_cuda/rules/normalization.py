@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dual import DualTensor, _make, rule
+from ..dual import DualTensor, _make, primal_of, rule
 from .helpers import FUSED_DTYPES, common_k, parts
 
 _normalization_jvp = torch.ops.frog_cuda.normalization_jvp.default
@@ -41,10 +41,10 @@ def _apply(
 
 
 def _over_last(x: Any, normalized_shape: Sequence[int], weight: Any, bias: Any, eps: float, centred: bool) -> Any:
-    shape = tuple(normalized_shape)
-    if not shape or tuple(x.shape[-len(shape) :]) != shape or any(t is not None and t.shape != shape for t in (weight, bias)):
+    shape, whole = tuple(normalized_shape), primal_of(x).shape  # asking a DualTensor for its shape takes longer
+    if not shape or whole[-len(shape) :] != shape or any(t is not None and primal_of(t).shape != shape for t in (weight, bias)):
         return NotImplemented  # PyTorch's own error
-    done = _apply(x, weight, bias, 1, x.shape[: -len(shape)].numel(), 1, eps, centred)
+    done = _apply(x, weight, bias, 1, whole[: -len(shape)].numel(), 1, eps, centred)
     return done if done is NotImplemented else done[0]
 
 
@@ -56,15 +56,17 @@ def layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any 
 @rule(F.rms_norm)
 def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
     if eps is None:
-        eps = torch.finfo(torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype).eps
+        dtype = primal_of(input).dtype
+        eps = torch.finfo(torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype).eps
     return _over_last(input, normalized_shape, weight, None, eps, False)
 
 
 @rule(F.group_norm)
 def group_norm(input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    if input.dim() < 2 or num_groups < 1 or input.shape[1] % num_groups or not _per_channel(input, weight, bias):
+    shape = primal_of(input).shape
+    if len(shape) < 2 or num_groups < 1 or shape[1] % num_groups or not _per_channel(shape, weight, bias):
         return NotImplemented
-    done = _apply(input, weight, bias, 1, input.shape[0] * num_groups, num_groups, eps)
+    done = _apply(input, weight, bias, 1, shape[0] * num_groups, num_groups, eps)
     return done if done is NotImplemented else done[0]
 
 
@@ -79,11 +81,12 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if running_mean is not None or not use_input_stats or input.dim() < 3 or not _per_channel(input, weight, bias):
+    shape = primal_of(input).shape
+    if running_mean is not None or not use_input_stats or len(shape) < 3 or not _per_channel(shape, weight, bias):
         return NotImplemented
-    if input.shape[2:].numel() <= 1:
+    if shape[2:].numel() <= 1:
         return NotImplemented  # PyTorch's own error
-    done = _apply(input, weight, bias, 1, input.shape[0] * input.shape[1], input.shape[1], eps)
+    done = _apply(input, weight, bias, 1, shape[0] * shape[1], shape[1], eps)
     return done if done is NotImplemented else done[0]
 
 
@@ -99,15 +102,17 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Any:
     """In training, running statistics are updated here, once."""
-    if input.dim() < 2 or not _per_channel(input, weight, bias) or (running_mean is None) != (running_var is None):
+    value = primal_of(input)
+    shape = value.shape
+    if len(shape) < 2 or not _per_channel(shape, weight, bias) or (running_mean is None) != (running_var is None):
         return NotImplemented
     if any(type(t) is DualTensor for t in (running_mean, running_var)) or (not training and running_mean is None):
         return NotImplemented
-    count = input.shape[0] * input.shape[2:].numel()
+    count = shape[0] * shape[2:].numel()
     if training and count <= 1:
         return NotImplemented
-    given = (None, None) if training else (running_mean.to(input.dtype), running_var.to(input.dtype))
-    done = _apply(input, weight, bias, input.shape[0], input.shape[1], input.shape[1], eps, True, *given)
+    given = (None, None) if training else (running_mean.to(value.dtype), running_var.to(value.dtype))
+    done = _apply(input, weight, bias, shape[0], shape[1], shape[1], eps, True, *given)
     if done is NotImplemented:
         return done
     out, mean, var = done
@@ -117,5 +122,5 @@ def batch_norm(
     return out
 
 
-def _per_channel(x: Any, *factors: Any) -> bool:
-    return all(t is None or t.shape == x.shape[1:2] for t in factors)
+def _per_channel(shape: torch.Size, *factors: Any) -> bool:
+    return all(t is None or primal_of(t).shape == shape[1:2] for t in factors)

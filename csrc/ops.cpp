@@ -75,7 +75,7 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   // loss
   m.def(
       "cross_entropy_jvp(Tensor logits, Tensor dlogits, Tensor target, Tensor? weight, int ignore_index, float "
-      "label_smoothing) -> (Tensor loss, Tensor dloss, Tensor total_weight)");
+      "label_smoothing, int reduction) -> (Tensor loss, Tensor dloss)");
   m.def("mse_jvp(Tensor input, Tensor? dinput, Tensor target, Tensor? dtarget) -> (Tensor loss, Tensor dloss)");
   m.def(
       "bce_jvp(Tensor input, Tensor dinput, Tensor target, Tensor? weight, Tensor? pos_weight, bool with_logits) -> "

@@ -208,11 +208,16 @@ def log_softmax_jvp(x: Tensor, dx: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 @_fake
 def cross_entropy_jvp(
-    logits: Tensor, dlogits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = logits.new_empty(logits.shape[:1])
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return loss, _tangents(loss, dlogits), logits.new_empty((), dtype=dtype)
+    logits: Tensor,
+    dlogits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty(() if reduction else logits.shape[:1])
+    return loss, _tangents(loss, dlogits)
 
 
 @_fake

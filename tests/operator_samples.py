@@ -213,7 +213,9 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
             weight=_rand(7, dtype=dtype),
             ignore_index=-100,
             label_smoothing=0.1,
+            reduction=reduction,
         )
+        for reduction in range(3)
     ],
     "mse_jvp": lambda dtype: [
         dict(

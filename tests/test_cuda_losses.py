@@ -36,7 +36,7 @@ def cross_entropy(kernels, x, dx, target, weight=None, ignore_index=-100, label_
     (rows, classes), k = x.shape, dx.shape[0]
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     arguments = [*given((x, dx), skew), target, None if weight is None else weight.to(compute)]
-    results = [result((rows,), x.dtype, skew), result((k, rows), dx.dtype, skew), result((), compute, False)]
+    results = [result((rows,), x.dtype, skew), result((k, rows), dx.dtype, skew)]
     sizes = (rows, classes, k, ignore_index, label_smoothing)
     return kernels.run(f"cross_entropy_{name_of(x.dtype, dx.dtype)}", *arguments, *results, *sizes, seed=seed)
 
@@ -82,8 +82,7 @@ def test_cross_entropy_and_numbers_of_tangents(kernels, k, count):
 def test_ignored_samples_are_exactly_zero(kernels, count):
     x, dx = randn(3, count, dtype=torch.float32), randn(2, 3, count, dtype=torch.float32)
     x[1], dx[:, 1, 2] = NAN, INF
-    loss, dloss, total_weight = cross_entropy(kernels, x, dx, torch.tensor([2, -100, 4]))
-    assert total_weight == 2
+    loss, dloss = cross_entropy(kernels, x, dx, torch.tensor([2, -100, 4]))
     assert loss[1] == 0 and (dloss[:, 1] == 0).all()
     assert (loss[[0, 2]] > 0).all() and (dloss[:, [0, 2]] != 0).all()
 
@@ -92,11 +91,31 @@ def test_ignored_samples_are_exactly_zero(kernels, count):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_target_that_is_no_class_gives_nan(kernels, count, smoothing):
     x, dx = randn(4, count, dtype=torch.float32), randn(2, 4, count, dtype=torch.float32)
-    target = torch.tensor([0, -1, count, 1])
-    loss, dloss, total_weight = cross_entropy(kernels, x, dx, target, label_smoothing=smoothing)
-    assert total_weight.isnan()
+    loss, dloss = cross_entropy(kernels, x, dx, torch.tensor([0, -1, count, 1]), label_smoothing=smoothing)
     assert loss.isnan().tolist() == [False, True, True, False]
     assert dloss.isnan().tolist() == [[False, True, True, False]] * 2
+
+
+@pytest.mark.parametrize("mean", [True, False], ids=["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@each_pair
+@pytest.mark.parametrize("rows, k", [(1, 1), (7, 3), (1025, 2), (0, 2)])
+def test_reduction(kernels, rows, k, weighted, mean, dtype, tangent_dtype):
+    loss, dloss = uniform(rows, dtype=dtype), 1 + randn(k, rows, dtype=tangent_dtype, seed=1)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = uniform(5, dtype=compute) + 0.5 if weighted else None
+    target = torch.arange(rows) % 5
+    target[1::4] = 3
+    loss[target == 3], dloss[:, target == 3] = 0, 0  # ignored ones
+    results = [result((), dtype, False), result((k,), tangent_dtype, False)]
+    name = f"reduce_losses_{name_of(dtype, tangent_dtype)}"
+    got = kernels.run(name, loss, dloss, target, weight, *results, rows, 5, k, 3, mean)
+    kept = target[target != 3]
+    total = (torch.ones(len(kept)) if weight is None else weight[kept]).double().sum() if mean else 1
+    if rows == 0 and mean:
+        assert all(t.isnan().all() for t in got)
+    else:
+        check(got, [loss.double().sum() / total, dloss.double().sum(1) / total], shift=1.0 if rows == 0 else 0.0)
 
 
 def test_cross_entropy_of_extreme_logits(kernels):
@@ -104,7 +123,7 @@ def test_cross_entropy_of_extreme_logits(kernels):
     dx, target = randn(2, 4, 3, dtype=torch.float32), torch.tensor([0, 1, 0, 2])
     check(cross_entropy(kernels, x, dx, target), reference.cross_entropy_jvp(x, dx, target))
     impossible = torch.tensor([[0.0, -INF]])
-    loss = cross_entropy(kernels, impossible, dx[:, :1, :2].contiguous(), torch.tensor([1]))[0]
+    loss, _ = cross_entropy(kernels, impossible, dx[:, :1, :2].contiguous(), torch.tensor([1]))
     assert loss.item() == INF
 
 

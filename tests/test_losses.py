@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def torch_own(fn: Callable[..., Tensor], primals: list[Tensor], tangents: list[T
     return pairs[0][0], torch.stack([p[1] for p in pairs])
 
 
-def same_bits(call: Callable[[], tuple[Tensor, ...]]) -> bool:
+def same_bits(call: Callable[[], tuple[Tensor, Tensor]]) -> bool:
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -53,7 +54,7 @@ def same_bits(call: Callable[[], tuple[Tensor, ...]]) -> bool:
     return all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
 
 
-def check_close(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+def check_close(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
     for a, b in zip(got, wanted, strict=True):
         if dtype == torch.float64:
             assert_close64(a, b)
@@ -76,7 +77,7 @@ def options_for(options: dict[str, Any], count: int, dtype: torch.dtype) -> dict
 def test_cross_entropy(rows, count, k, options):
     x, dx = 3 * randn(rows, count, seed=1), randn(k, rows, count, seed=2)
     if count == 1:  # the only class has probability 1 and no derivative
-        loss, dloss, _ = ops.cross_entropy_jvp(x, dx, torch.zeros(rows, dtype=torch.int64))
+        loss, dloss = ops.cross_entropy_jvp(x, dx, torch.zeros(rows, dtype=torch.int64))
         assert loss.tolist() == [0.0] * rows and dloss.abs().max() == 0
         return
     target = classes(rows, count, options.get("ignore_index", -100))
@@ -85,37 +86,64 @@ def test_cross_entropy(rows, count, k, options):
     how = options_for(options, count, x.dtype)
     got = ops.cross_entropy_jvp(x, dx, target, **how)
     check_close(got, reference.cross_entropy_jvp(x, dx, target, **how), x.dtype)
-    check_close(got[:2], torch_own(lambda v: F.cross_entropy(v, target, reduction="none", **how), [x], [dx]), x.dtype)
-    if rows > 0:  # PyTorch's mean divides by it
-        total, mean = (F.cross_entropy(x, target, reduction=reduction, **how) for reduction in ("sum", "mean"))
-        assert_close64(got[2], total / mean)
+    check_close(got, torch_own(lambda v: F.cross_entropy(v, target, reduction="none", **how), [x], [dx]), x.dtype)
     how = options_for(options, count, torch.float32)
     got = ops.cross_entropy_jvp(x.float(), dx.float(), target, **how)
     check_close(got, reference.cross_entropy_jvp(x.float(), dx.float(), target, **how), torch.float32)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ", ".join(o) or "plain")
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("rows, count", [(1, 7), (7, 33), (1025, 7), (0, 5)])
+def test_cross_entropy_reduced(rows, count, k, options, reduction):
+    x, dx, target = 3 * randn(rows, count, seed=1), randn(k, rows, count, seed=2), classes(rows, count)
+    if rows > 2:
+        target[::3] = options.get("ignore_index", -100)
+    for dtype in (torch.float64, torch.float32):
+        how = options_for(options, count, dtype) | dict(reduction=reduction)
+        got = ops.cross_entropy_jvp(x.to(dtype), dx.to(dtype), target, **how)
+        assert got[0].shape == () and got[1].shape == (k,)
+        if rows == 0 and reduction == "mean":  # as PyTorch says it
+            assert all(t.isnan().all() for t in (*got, F.cross_entropy(x.to(dtype), target, **how)))
+            continue
+        exact = reference.cross_entropy_jvp(x.to(dtype), dx.to(dtype), target, **how)
+        # sums cancel: relative to their largest terms
+        each = ops.cross_entropy_jvp(x.to(dtype), dx.to(dtype), target, **how | dict(reduction="none"))[1]
+        shift = 2 * each.abs().sum()
+        check_close((got[0], got[1] + shift), (exact[0], exact[1] + shift.double()), dtype)
+        if dtype == torch.float64:
+            assert_close64(got[0], F.cross_entropy(x, target, **how))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ", ".join(o) or "plain")
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_cross_entropy_in_low_precision(dtype, options):
+def test_cross_entropy_in_low_precision(dtype, options, reduction):
     x, dx, target = 3 * randn(7, 33, dtype=dtype, seed=1), randn(3, 7, 33, dtype=dtype, seed=2), classes(7, 33)
-    how = options_for(options, 33, dtype)
+    how = options_for(options, 33, dtype) | dict(reduction=reduction)
     got, exact = ops.cross_entropy_jvp(x, dx, target, **how), reference.cross_entropy_jvp(x, dx, target, **how)
-    own = torch_own(lambda v: F.cross_entropy(v, target, reduction="none", **how), [x], [dx])
-    for a, b, c in zip(got[:2], own, exact[:2], strict=True):
+    own = torch_own(lambda v: F.cross_entropy(v, target, **how), [x], [dx])
+    for a, b, c in zip(got, own, exact, strict=True):
         assert_as_good_as_torch(a, b, c)
-    assert_close32(got[2], exact[2])  # in float32: the number of many samples is none in low precision
+
+
+def test_the_mean_of_more_losses_than_low_precision_can_count():
+    x, dx = torch.zeros(3 << 16, 2, dtype=torch.float16), torch.ones(1, 3 << 16, 2, dtype=torch.float16)
+    dx[..., 1] = 0
+    loss, dloss = ops.cross_entropy_jvp(x, dx, torch.zeros(3 << 16, dtype=torch.int64), reduction="mean")
+    assert abs(loss.item() - math.log(2)) < 1e-3 and dloss.tolist() == [-0.5]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ignored_samples_are_exactly_zero(dtype):
     x, dx = randn(3, 5, dtype=dtype), randn(2, 3, 5, dtype=dtype)
     x[1] = float("nan")
-    loss, dloss, total_weight = ops.cross_entropy_jvp(x, dx, torch.tensor([2, -100, 4]))
-    assert total_weight == 2
+    loss, dloss = ops.cross_entropy_jvp(x, dx, torch.tensor([2, -100, 4]))
     assert loss[1] == 0 and (dloss[:, 1] == 0).all()
     assert (loss[[0, 2]] > 0).all() and (dloss[:, [0, 2]] != 0).all()
-    for result in ops.cross_entropy_jvp(x, dx, torch.tensor([7, 7, 7]), ignore_index=7):
-        assert (result == 0).all()
+    loss, dloss = ops.cross_entropy_jvp(x, dx, torch.tensor([7, 7, 7]), ignore_index=7)
+    assert (loss == 0).all() and (dloss == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -283,7 +311,8 @@ def test_non_contiguous():
 def test_same_bits_with_any_number_of_threads(dtype):
     x, dx, y = randn(257, 129, dtype=dtype), randn(4, 257, 129, dtype=dtype), uniform(257, 129, dtype=dtype)
     t = classes(257, 129)
-    assert same_bits(lambda: ops.cross_entropy_jvp(x, dx, t, label_smoothing=0.1))
+    for reduction in ("none", "mean"):
+        assert same_bits(lambda r=reduction: ops.cross_entropy_jvp(x, dx, t, label_smoothing=0.1, reduction=r))
     assert same_bits(lambda: ops.mse_jvp(x, dx, y, dx))
     assert same_bits(lambda: ops.bce_jvp(x, dx, y))
     assert same_bits(lambda: ops.bce_jvp(y, dx, y, with_logits=False))
@@ -346,6 +375,13 @@ BAD_BCE = [
 def test_bad_input_of_cross_entropy(changes, message):
     with pytest.raises(RuntimeError, match=f"cross_entropy_jvp: {message}"):
         ops.cross_entropy_jvp(**(dict(logits=X, dlogits=DX, target=T) | changes))
+
+
+def test_unknown_reductions():
+    with pytest.raises(ValueError, match="reduction is 'average'; accepted are none, mean, sum"):
+        ops.cross_entropy_jvp(X, DX, T, reduction="average")
+    with pytest.raises(RuntimeError, match=r"reduction is 3; accepted are 0 \(none\), 1 \(mean\) and 2 \(sum\)"):
+        torch.ops.frog_cuda.cross_entropy_jvp(X, DX, T, None, -100, 0.0, 3)
 
 
 @pytest.mark.parametrize("changes, message", BAD_MSE, ids=[m[:40] for _, m in BAD_MSE])

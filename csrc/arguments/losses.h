@@ -22,9 +22,12 @@ inline void check_class_weight(const char* op, const Tensor& weight, const Tenso
   check_shape(op, "weight", weight, {logits.size(1)});
 }
 
-/// What the mean of the losses divides by is no low-precision number: 257 samples are none in bfloat16.
-inline ScalarType total_weight_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// codes of at::Reduction; the mean divides by the sum of the weights of the targets that count
+constexpr int64_t kNoReduction = 0, kMean = 1, kSum = 2;
+
+inline void check_reduction(const char* op, int64_t reduction) {
+  STD_TORCH_CHECK(reduction >= kNoReduction && reduction <= kSum, op, ": reduction is ", reduction,
+                  "; accepted are 0 (none), 1 (mean) and 2 (sum)");
 }
 
 inline void check_target(const char* op, const Tensor& target, const Tensor& input) {

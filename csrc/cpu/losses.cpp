@@ -74,9 +74,28 @@ void run(const CrossEntropy<C>& job, C* loss, C* dloss) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor& dlogits_,
-                                                     const Tensor& target_, const std::optional<Tensor>& weight_,
-                                                     int64_t ignore_index, double label_smoothing) {
+// Sums or means of loss [rows] and of each row of dloss [k, rows], in double: results [1] and [k].
+template <class C>
+void reduce(const CrossEntropy<C>& job, bool mean, const C* loss, const C* dloss, C* value, C* derivatives) {
+  double total = 0;
+  for (int64_t r = 0; mean && r < job.rows; ++r) {
+    if (job.target[r] == job.ignore_index) continue;
+    total += job.weight.empty() ? 1.0 : static_cast<double>(job.weight[job.target[r]]);
+  }
+  const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, job.rows));
+  torch::stable::parallel_for(0, 1 + job.k, grain, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const C* row = i == 0 ? loss : dloss + (i - 1) * job.rows;
+      double sum = 0;
+      for (int64_t r = 0; r < job.rows; ++r) sum += static_cast<double>(row[r]);
+      *(i == 0 ? value : derivatives + i - 1) = static_cast<C>(mean ? sum / total : sum);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor& dlogits_, const Tensor& target_,
+                                             const std::optional<Tensor>& weight_, int64_t ignore_index,
+                                             double label_smoothing, int64_t reduction) {
   const char* op = "cross_entropy_jvp";
   check_cpu(op, "logits", logits_);
   check_logits(op, logits_);
@@ -84,6 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, cons
   const int64_t rows = logits_.size(0), classes = logits_.size(1), k = dlogits.size(0);
   check_cpu(op, "target", target_);
   check_classes(op, target_, rows, label_smoothing);
+  check_reduction(op, reduction);
   const Tensor target = torch::stable::contiguous(target_);
   const int64_t* t = static_cast<const int64_t*>(target.const_data_ptr());
   for (int64_t r = 0; r < rows; ++r) {
@@ -97,9 +117,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, cons
     weight = torch::stable::contiguous(*weight_);
   }
   const Tensor logits = torch::stable::contiguous(logits_);
-  Tensor loss = new_tensor(logits, {rows}, logits.scalar_type());
-  Tensor dloss = new_tensor(logits, {k, rows}, dlogits.scalar_type());
-  Tensor total_weight = new_tensor(logits, {}, total_weight_type(logits));
+  const bool each = reduction == kNoReduction;
+  Tensor loss = new_tensor(logits, each ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, logits.scalar_type());
+  Tensor dloss =
+      new_tensor(logits, each ? std::vector<int64_t>{k, rows} : std::vector<int64_t>{k}, dlogits.scalar_type());
   const auto go = [&](auto zero) {
     using C = decltype(zero);
     CrossEntropy<C> job{rows, classes, k,    ignore_index,      static_cast<C>(label_smoothing),
@@ -113,29 +134,30 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, cons
       for (const C w : job.weight) sum += static_cast<double>(w);
     }
     job.weight_sum = static_cast<C>(sum);
-    double total = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (t[r] != ignore_index) total += job.weight.empty() ? 1.0 : static_cast<double>(job.weight[t[r]]);
-    }
-    if (total_weight.scalar_type() == ScalarType::Double) {
-      *static_cast<double*>(total_weight.mutable_data_ptr()) = total;
-    } else {
-      *static_cast<float*>(total_weight.mutable_data_ptr()) = static_cast<float>(total);
-    }
     const Sink<C> loss_out(loss), dloss_out(dloss);
-    std::vector<C> loss_wide(loss_out.direct() ? 0 : rows), dloss_wide(dloss_out.direct() ? 0 : k * rows);
-    C* loss_data = loss_out.place(0, loss_wide.data());
-    C* dloss_data = dloss_out.place(0, dloss_wide.data());
+    std::vector<C> loss_wide(each && loss_out.direct() ? 0 : rows),
+        dloss_wide(each && dloss_out.direct() ? 0 : k * rows);
+    C* loss_data = each ? loss_out.place(0, loss_wide.data()) : loss_wide.data();
+    C* dloss_data = each ? dloss_out.place(0, dloss_wide.data()) : dloss_wide.data();
     run(job, loss_data, dloss_data);
-    loss_out.finish(0, rows, loss_data);
-    dloss_out.finish(0, k * rows, dloss_data);
+    if (each) {
+      loss_out.finish(0, rows, loss_data);
+      dloss_out.finish(0, k * rows, dloss_data);
+      return;
+    }
+    C value;
+    std::vector<C> derivatives(k);
+    C *value_data = loss_out.place(0, &value), *derivatives_data = dloss_out.place(0, derivatives.data());
+    reduce(job, reduction == kMean, loss_data, dloss_data, value_data, derivatives_data);
+    loss_out.finish(0, 1, value_data);
+    dloss_out.finish(0, k, derivatives_data);
   };
   if (any_double({&logits, &dlogits})) {
     go(double{});
   } else {
     go(float{});
   }
-  return {loss, dloss, total_weight};
+  return {loss, dloss};
 }
 
 // ---- elementwise losses

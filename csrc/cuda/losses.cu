@@ -10,15 +10,16 @@
 namespace frog {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_jvp(const Tensor& logits, const Tensor& dlogits, const Tensor& target,
-                                                     const std::optional<Tensor>& weight, int64_t ignore_index,
-                                                     double label_smoothing) {
+std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits, const Tensor& dlogits, const Tensor& target,
+                                             const std::optional<Tensor>& weight, int64_t ignore_index,
+                                             double label_smoothing, int64_t reduction) {
   const char* op = "cross_entropy_jvp";
   check_logits(op, logits);
   check_tangents_on_device(op, "dlogits", dlogits, logits);
   const int64_t rows = logits.size(0), classes = logits.size(1), k = dlogits.size(0);
   check_same_device(op, "target", target, logits);
   check_classes(op, target, rows, label_smoothing);
+  check_reduction(op, reduction);
   if (weight) {
     check_same_device(op, "weight", *weight, logits);
     check_class_weight(op, *weight, logits);
@@ -30,16 +31,20 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_jvp(const Tensor& logits, const
   const Tensor t = torch::stable::contiguous(target);
   const std::optional<Tensor> w = dense_as(weight, compute);
   Tensor loss = new_on(logits, {rows}, types.primal), dloss = new_on(logits, {k, rows}, types.tangents);
-  Tensor total_weight = new_on(logits, {}, compute);
+  const bool each = reduction == kNoReduction;
+  Tensor value = each ? loss : new_on(logits, {}, types.primal);
+  Tensor derivatives = each ? dloss : new_on(logits, {k}, types.tangents);
   dispatch_types(op, types, [&](auto primal, auto tangent) {
     using X = decltype(primal);
     using T = decltype(tangent);
     using C = typename Compute<X>::type;
-    launch_cross_entropy(in<X>(x), in<T>(dx), in<int64_t>(t), in<C>(w), out<X>(loss), out<T>(dloss),
-                         out<C>(total_weight), rows, classes, k, ignore_index, label_smoothing, stream);
+    launch_cross_entropy(in<X>(x), in<T>(dx), in<int64_t>(t), in<C>(w), out<X>(loss), out<T>(dloss), rows, classes, k,
+                         ignore_index, label_smoothing, stream);
+    if (each) return;
+    launch_reduce_losses(in<X>(loss), in<T>(dloss), in<int64_t>(t), in<C>(w), out<X>(value), out<T>(derivatives), rows,
+                         classes, k, ignore_index, reduction == kMean, stream);
   });
-  return {to_dtype(loss, logits.scalar_type()), to_dtype(dloss, dlogits.scalar_type()),
-          to_dtype(total_weight, total_weight_type(logits))};
+  return {to_dtype(value, logits.scalar_type()), to_dtype(derivatives, dlogits.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor> mse_jvp(const Tensor& input, const std::optional<Tensor>& dinput, const Tensor& target,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 
-from .helpers import _guard, _ops
+from .helpers import _code, _guard, _ops
+
+#: names of reductions and their codes, those of at::Reduction
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def cross_entropy_jvp(
@@ -16,17 +19,22 @@ def cross_entropy_jvp(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-sample cross entropy of ``logits`` (B, C) with class indices ``target`` int64 (B,), as ``reduction="none"``.
+    reduction: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of ``logits`` (B, C) with class indices ``target`` int64 (B,), as
+    :func:`torch.nn.functional.cross_entropy`.
 
+    Arguments:
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``; sums are float64. The mean divides by the sum of the weights of the
+            targets that are not ignored.
     Returns:
-        loss ``(B,)``; dloss ``(k, B)``; ignored samples have both exactly 0. total_weight ``()``, by which the mean divides:
-        the sum of the weights of the targets that are not ignored, float64 for float64 logits and float32 for all others. What
-        the CPU refuses, a target that is no class, gives NaN on a GPU, which is not waited for.
+        loss ``(B,)``; dloss ``(k, B)``; ignored samples have both exactly 0. Reduced: ``()``; ``(k,)``. What the CPU refuses,
+        a target that is no class, gives NaN on a GPU, which is not waited for.
     """
     _guard("cross_entropy_jvp", logits, dlogits, weight)
+    code = _code(REDUCTIONS, "reduction", reduction)
     with _AutoDispatchBelowAutograd():
-        return _ops.cross_entropy_jvp(logits, dlogits, target, weight, ignore_index, label_smoothing)
+        return _ops.cross_entropy_jvp(logits, dlogits, target, weight, ignore_index, label_smoothing, code)
 
 
 def mse_jvp(input: Tensor, dinput: Tensor | None, target: Tensor, dtarget: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -17,11 +17,9 @@ def cross_entropy_jvp(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``-(1 - s) w_t log p_t - (s / C) sum_c w_c log p_c`` with ``p = softmax(logits)``, which is linear in ``log p``.
-
-    Then the sum of all ``w_t``.
-    """
+    reduction: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """``-(1 - s) w_t log p_t - (s / C) sum_c w_c log p_c`` with ``p = softmax(logits)``, which is linear in ``log p``."""
     classes = logits.shape[1]
     w = torch.ones(classes, dtype=torch.float64) if weight is None else weight.double()
     ignored = target == ignore_index
@@ -32,9 +30,12 @@ def cross_entropy_jvp(
         total = -(1 - label_smoothing) * w[t] * v.gather(1, t[:, None])[:, 0]
         if label_smoothing > 0:  # else a logit of -inf would give 0 * inf
             total = total - label_smoothing / classes * (w * v).sum(1)
-        return torch.where(ignored, 0.0, total)
+        each = torch.where(ignored, 0.0, total)
+        if reduction == "none":
+            return each
+        return each.sum() / w[t][~ignored].sum() if reduction == "mean" else each.sum()
 
-    return loss(log_p), torch.stack([loss(v) for v in dlog_p]), w[t][~ignored].sum()
+    return loss(log_p), torch.stack([loss(v) for v in dlog_p])
 
 
 def mse_jvp(input: Tensor, dinput: Tensor | None, target: Tensor, dtarget: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..dual import DualTensor, SampledTangents, aten, draw, primal_of, rule
+from ..dual import DualTensor, SampledTangents, _make, aten, draw, primal_of, rule
 from ..low_rank import Factors
 from ..one_place import OnePlace, one_place
 from .helpers import FUSED_DTYPES, common_k, low_dtype, parts, rows_times, wrap
@@ -40,8 +40,29 @@ def layer(
     axes = w.dim() - 2
     if isinstance(padding, str) or primal_of(input).dim() != w.dim() or w.dtype not in FUSED_DTYPES or not w.is_cpu:
         return NotImplemented
-    sizes = ([v] * axes if isinstance(v, int) else list(v) * (axes if len(v) == 1 else 1) for v in (stride, padding, dilation))
+    sizes = tuple(
+        [v] * axes if isinstance(v, int) else list(v) * (axes if len(v) == 1 else 1) for v in (stride, padding, dilation)
+    )
+    if type(input) is DualTensor and type(weight) is not DualTensor and type(bias) is not DualTensor:
+        done = _plain(input, w, bias, sizes, groups)
+        if done is not None:
+            return done
     return convolution(_aten.convolution.default, input, weight, bias, *sizes, False, [0] * axes, groups)
+
+
+def _plain(input: DualTensor, w: Tensor, bias: Tensor | None, sizes: tuple[list[int], ...], groups: int) -> DualTensor | None:
+    """What a convolution in the middle of a network comes to, on a short way; None for all else, errors included."""
+    x, dx = input._primal, input._tangents
+    if dx is None or input._activity is not None or not dx.dtype is x.dtype is w.dtype or not x.is_cpu:
+        return None
+    stride, padding, dilation = (v[-1] for v in sizes)
+    if x.shape[-1] + 2 * padding - dilation * (w.shape[-1] - 1) - 1 < stride:  # it may have one place
+        return None
+    try:
+        y, dy = _convolution_jvp(x, dx, w, bias, *sizes, False, [0] * (w.dim() - 2), groups)
+    except RuntimeError:
+        return None  # raised again, or in PyTorch's own words, by the rule
+    return _make(y, dy, input.k)
 
 
 @aten(_aten.convolution.default)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from ..dual import DualTensor, _make, aten, rule
+from ..ops.losses import REDUCTIONS
 from .helpers import FUSED_DTYPES, common_k, low_dtype, parts, wrap
 
 _aten = torch.ops.aten
@@ -24,17 +25,16 @@ def _reduction_name(size_average: Any, reduce: Any, reduction: str) -> str:
     return reduction
 
 
-def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str, count: Any = None) -> DualTensor:
-    """loss (*), dloss (k, *) -> the asked reduction; the mean divides by ``count``, which defaults to the number of losses."""
+def _reduced(loss: Tensor, dloss: Tensor, k: int, reduction: str) -> DualTensor:
+    """loss (*), dloss (k, *) -> the asked reduction."""
     if reduction == "none":
         return _make(loss, dloss, k)
     if loss.dtype.itemsize < 4 or dloss.dtype.itemsize < 4:
-        wide = _reduced(_wide(loss), _wide(dloss), k, reduction, count)
+        wide = _reduced(_wide(loss), _wide(dloss), k, reduction)
         return _make(wide._primal.to(loss.dtype), wide.tangents.to(dloss.dtype), k)
     value, tangents = loss.sum(), (dloss if dloss.dim() == 2 else dloss.reshape(k, -1)).sum(1)
     if reduction == "mean":
-        count = loss.numel() if count is None else count
-        value, tangents = value.div_(count), tangents.div_(count)
+        value, tangents = value.div_(loss.numel()), tangents.div_(loss.numel())
     return _make(value, tangents, k)
 
 
@@ -71,7 +71,7 @@ def cross_entropy(
         or target.dtype != torch.int64
         or logits.dtype not in FUSED_DTYPES
         or not _one_class_each(logits.shape, target.shape)
-        or reduction not in ("none", "mean", "sum")
+        or reduction not in REDUCTIONS
     ):
         return NotImplemented
     k, shape, flat = input.k, target.shape, target
@@ -83,10 +83,11 @@ def cross_entropy(
             classes = logits.shape[1]
             logits = logits.movedim(1, -1).reshape(-1, classes)
             tangents = tangents.movedim(2, -1).reshape(k, -1, classes)
-    loss, dloss, total_weight = _cross_entropy_jvp(logits, tangents, flat, weight, ignore_index, label_smoothing)
-    if reduction == "none" and len(shape) != 1:
+    how = REDUCTIONS[reduction]
+    loss, dloss = _cross_entropy_jvp(logits, tangents, flat, weight, ignore_index, label_smoothing, how)
+    if how == 0 and len(shape) != 1:
         loss, dloss = loss.view(shape), dloss.view(k, *shape)
-    return _reduced(loss, dloss, k, reduction, total_weight)
+    return _make(loss, dloss, k)
 
 
 @rule(F.mse_loss)

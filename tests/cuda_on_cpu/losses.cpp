@@ -8,10 +8,15 @@ using frog::fp16;
 #define LOSSES(name, X, T)                                                                                            \
   EXPORTED(cross_entropy_##name)                                                                                      \
   (const X* x, const T* dx, const int64_t* target, const frog::Compute<X>::type* weight, X* loss, T* dloss,           \
-   frog::Compute<X>::type* total_weight, int64_t rows, int64_t classes, int64_t k, int64_t ignore_index,              \
-   double smoothing) {                                                                                                \
-    frog::launch_cross_entropy(x, dx, target, weight, loss, dloss, total_weight, rows, classes, k, ignore_index,      \
-                               smoothing, nullptr);                                                                   \
+   int64_t rows, int64_t classes, int64_t k, int64_t ignore_index, double smoothing) {                                \
+    frog::launch_cross_entropy(x, dx, target, weight, loss, dloss, rows, classes, k, ignore_index, smoothing,         \
+                               nullptr);                                                                              \
+  }                                                                                                                   \
+  EXPORTED(reduce_losses_##name)                                                                                      \
+  (const X* loss, const T* dloss, const int64_t* target, const frog::Compute<X>::type* weight, X* value,              \
+   T* derivatives, int64_t rows, int64_t classes, int64_t k, int64_t ignore_index, int64_t mean) {                    \
+    frog::launch_reduce_losses(loss, dloss, target, weight, value, derivatives, rows, classes, k, ignore_index,       \
+                               mean != 0, nullptr);                                                                   \
   }                                                                                                                   \
   EXPORTED(mse_##name)                                                                                                \
   (const X* input, const X* target, const T* dinput, const T* dtarget, X* loss, T* dloss, int64_t numel, int64_t k) { \

@@ -227,31 +227,11 @@ __global__ void __launch_bounds__(kRowThreads) cross_entropy_long_kernel(CrossEn
   }
 }
 
-/// Sum of the weights of the targets that count, by one block: beside the logits of a row, a target is nothing.
-template <class C>
-__global__ void __launch_bounds__(kRowThreads)
-    total_weight_kernel(const int64_t* target, const C* weight, C* total, int64_t rows, int64_t classes,
-                        int64_t ignore_index) {
-  FROG_SHARED(double, shared);
-  const Group group(kRowThreads, 1, shared);
-  double sum[1] = {0};
-  for (int64_t r = group.lane; r < rows; r += kRowThreads) {
-    const int64_t t = target[r];
-    if (t == ignore_index) continue;
-    const bool known = t >= 0 && t < classes;
-    sum[0] += !known ? static_cast<double>(NAN) : weight == nullptr ? 1.0 : static_cast<double>(weight[t]);
-  }
-  group.sum(sum);
-  if (group.lane == 0) *total = static_cast<C>(sum[0]);
-}
-
-/// x [rows, classes], dx [k, rows, classes], classes >= 1; loss [rows], dloss [k, rows], total_weight [1].
+/// x [rows, classes], dx [k, rows, classes], classes >= 1; loss [rows], dloss [k, rows].
 template <class X, class T>
 void launch_cross_entropy(const X* x, const T* dx, const int64_t* target, const typename Compute<X>::type* weight,
-                          X* loss, T* dloss, typename Compute<X>::type* total_weight, int64_t rows, int64_t classes,
-                          int64_t k, int64_t ignore_index, double smoothing, cudaStream_t stream) {
-  launch(total_weight_kernel<typename Compute<X>::type>, dim3(1), dim3(kRowThreads),
-         Group::shared_bytes(kRowThreads, 1), stream, target, weight, total_weight, rows, classes, ignore_index);
+                          X* loss, T* dloss, int64_t rows, int64_t classes, int64_t k, int64_t ignore_index,
+                          double smoothing, cudaStream_t stream) {
   if (rows == 0) return;
   const RowShape shape = dense_rows(rows, classes);
   dispatch_rows<X, T>(shape, k, aligned16(x) && aligned16(dx), [&](auto packed, const RowLaunch& l) {
@@ -261,6 +241,43 @@ void launch_cross_entropy(const X* x, const T* dx, const int64_t* target, const 
            CrossEntropyJob<X, T>{x, dx, target, weight, loss, dloss, shape, l.lanes, rows * classes, k, l.per_part,
                                  ignore_index, static_cast<typename Compute<X>::type>(smoothing)});
   });
+}
+
+/// Block 0 sums the losses, block 1 + i the derivatives along tangent i; for their means each block sums the weights of
+/// the targets that count, too: beside the logits of a row, a loss and a target are nothing.
+template <class X, class T>
+__global__ void __launch_bounds__(kRowThreads)
+    reduce_losses_kernel(const X* loss, const T* dloss, const int64_t* target, const typename Compute<X>::type* weight,
+                         X* value, T* derivatives, int64_t rows, int64_t classes, int64_t ignore_index, bool mean) {
+  FROG_SHARED(double, shared);
+  const Group group(kRowThreads, 1, shared);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) - 1;
+  double sums[2] = {0, 0};  // of the row, and of weights
+  for (int64_t r = group.lane; r < rows; r += kRowThreads) {
+    sums[0] += static_cast<double>(i < 0 ? widen(loss[r]) : widen(dloss[i * rows + r]));
+    const int64_t t = target[r];
+    if (t == ignore_index) continue;
+    const bool known = t >= 0 && t < classes;  // else the loss is NaN already
+    sums[1] += known && weight != nullptr ? static_cast<double>(weight[t]) : 1.0;
+  }
+  group.sum(sums);
+  if (group.lane != 0) return;
+  const double result = mean ? sums[0] / sums[1] : sums[0];
+  if (i < 0) {
+    *value = narrow<X>(static_cast<typename Compute<X>::type>(result));
+  } else {
+    derivatives[i] = narrow<T>(static_cast<typename Compute<T>::type>(result));
+  }
+}
+
+/// loss, target [rows], dloss [k, rows]; value [1], derivatives [k].
+template <class X, class T>
+void launch_reduce_losses(const X* loss, const T* dloss, const int64_t* target, const typename Compute<X>::type* weight,
+                          X* value, T* derivatives, int64_t rows, int64_t classes, int64_t k, int64_t ignore_index,
+                          bool mean, cudaStream_t stream) {
+  launch(reduce_losses_kernel<X, T>, dim3(static_cast<unsigned>(1 + k)), dim3(kRowThreads),
+         Group::shared_bytes(kRowThreads, 1), stream, loss, dloss, target, weight, value, derivatives, rows, classes,
+         ignore_index, mean);
 }
 
 // ---- elementwise losses

@@ -36,30 +36,38 @@ def layer(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Any:
     """Most calls; what PyTorch makes of the others comes to the rule below."""
-    w = primal_of(weight)
-    axes = w.dim() - 2
-    if isinstance(padding, str) or primal_of(input).dim() != w.dim() or w.dtype not in FUSED_DTYPES or not w.is_cpu:
-        return NotImplemented
-    sizes = tuple(
-        [v] * axes if isinstance(v, int) else list(v) * (axes if len(v) == 1 else 1) for v in (stride, padding, dilation)
-    )
+    axes = weight.dim() - 2
+    stride, padding, dilation = _numbers(stride, axes), _numbers(padding, axes), _numbers(dilation, axes)
     if type(input) is DualTensor and type(weight) is not DualTensor and type(bias) is not DualTensor:
-        done = _plain(input, w, bias, sizes, groups)
+        done = _plain(input, weight, bias, axes, stride, padding, dilation, groups)
         if done is not None:
             return done
-    return convolution(_aten.convolution.default, input, weight, bias, *sizes, False, [0] * axes, groups)
+    w = primal_of(weight)
+    if isinstance(padding, str) or primal_of(input).dim() != w.dim() or w.dtype not in FUSED_DTYPES or not w.is_cpu:
+        return NotImplemented
+    return convolution(_aten.convolution.default, input, weight, bias, stride, padding, dilation, False, (0,) * axes, groups)
 
 
-def _plain(input: DualTensor, w: Tensor, bias: Tensor | None, sizes: tuple[list[int], ...], groups: int) -> DualTensor | None:
+def _numbers(value: Any, axes: int) -> Any:
+    """One for each axis."""
+    if type(value) is int:
+        return (value,) * axes
+    return value * axes if type(value) is tuple and len(value) == 1 else value
+
+
+def _plain(
+    input: DualTensor, w: Tensor, bias: Any, axes: int, stride: Any, padding: Any, dilation: Any, groups: int
+) -> DualTensor | None:
     """What a convolution in the middle of a network comes to, on a short way; None for all else, errors included."""
     x, dx = input._primal, input._tangents
-    if dx is None or input._activity is not None or not dx.dtype is x.dtype is w.dtype or not x.is_cpu:
+    if dx is None or input._activity is not None or dx.dtype is not w.dtype or x.dtype is not w.dtype:
         return None
-    stride, padding, dilation = (v[-1] for v in sizes)
-    if x.shape[-1] + 2 * padding - dilation * (w.shape[-1] - 1) - 1 < stride:  # it may have one place
+    if not type(stride) is type(padding) is type(dilation) is tuple or x.dtype not in FUSED_DTYPES or not x.is_cpu:
         return None
+    if axes < 1 or x.size(-1) + 2 * padding[-1] - dilation[-1] * (w.size(-1) - 1) <= stride[-1]:
+        return None  # the result may have one place
     try:
-        y, dy = _convolution_jvp(x, dx, w, bias, *sizes, False, [0] * (w.dim() - 2), groups)
+        y, dy = _convolution_jvp(x, dx, w, bias, stride, padding, dilation, False, (0,) * axes, groups)
     except RuntimeError:
         return None  # raised again, or in PyTorch's own words, by the rule
     return _make(y, dy, input.k)

@@ -76,14 +76,17 @@ def arguments() -> argparse.Namespace:
 
 
 def cpu_model() -> str:
-    """The processor's name. A virtual machine may hide AMX, without which an Intel's bfloat16 is no faster than its float32:
-    that is another machine to whoever compares results, and named so."""
+    """The processor's name, and what a virtual machine hides of it: an AMD's model, where the family at least tells the
+    generation, and AMX, without which an Intel's bfloat16 is no faster than its float32."""
     try:
         about = Path("/proc/cpuinfo").read_text()
     except OSError:
         about = ""
     found = re.search(r"model name\s*:\s*(.+)", about)
     name = found.group(1).strip() if found else platform.processor() or platform.machine()
+    family = re.search(r"cpu family\s*:\s*(\d+)", about)
+    if name == "AMD EPYC" and family:
+        return f"{name} family {family[1]}"
     hidden = "Intel" in name and "avx512_bf16" in about and "amx_bf16" not in about
     return f"{name} without AMX" if hidden else name
 

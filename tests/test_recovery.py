@@ -5,7 +5,6 @@ FROG_KILLS sets how many ranks of one run are killed, 2 by default.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
@@ -18,13 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from runs import SCRIPT, environment, losses, workers
 from torch import nn
 
 import frog_cuda as frog
 from frog_cuda.distributed import RankLost, TangentParallel
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "examples" / "train_digits.py"
 KILLS = int(os.environ.get("FROG_KILLS", "2"))
 TIMEOUT = 3.0
 
@@ -82,32 +80,13 @@ def test_the_others_are_told_within_the_timeout(tmp_path, number):
             process.join()
 
 
-def losses(folder: Path) -> list[tuple[int, str]]:
-    """Every step that was written down, in this order: some of them again after a restart."""
-    path = folder / "losses.txt"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what has no end yet is not read
-    return [(int(step), loss) for step, loss in (line.split() for line in lines)]
-
-
-def workers(agent: int, folder: Path) -> list[int]:
-    """Processes of the run but the one that watches over them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            if str(folder).encode() in path.read_bytes() and int(path.parent.name) != agent:
-                found.append(int(path.parent.name))
-    return found
-
-
 def run_with_kills(folder: Path, arguments: list[str], kills: int, chance: random.Random) -> str:
     """Runs the script under torchrun and kills a rank at a random moment, ``kills`` times, each after a step was taken."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--monitor-interval=0.05"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    environment.pop("FROG_KILLS", None)
     command = [*torchrun, f"--max-restarts={kills}", str(SCRIPT), "--folder", str(folder), *arguments]
     output = folder.parent / "output.txt"
     with output.open("w") as file:
-        agent = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        agent = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
         try:
             for _ in range(kills):
                 taken, deadline = len(losses(folder)), time.monotonic() + 40
@@ -115,10 +94,10 @@ def run_with_kills(folder: Path, arguments: list[str], kills: int, chance: rando
                     assert time.monotonic() < deadline, output.read_text()
                     time.sleep(0.005)
                 time.sleep(chance.random() * 0.3)
-                alive = workers(agent.pid, folder)
+                alive = workers(folder)
                 assert alive, f"the run was over before it was killed {kills} times\n{output.read_text()}"
                 os.kill(chance.choice(alive), signal.SIGKILL)
-                while set(alive) & set(workers(agent.pid, folder)):  # all of them go before any starts anew
+                while set(alive) & set(workers(folder)):  # all of them go before any starts anew
                     time.sleep(0.005)
             assert agent.wait(120) == 0, output.read_text()
         finally:

@@ -76,8 +76,8 @@ def arguments() -> argparse.Namespace:
 
 
 def cpu_model() -> str:
-    """The processor's name, and what a virtual machine hides of it: an AMD's model, where the family at least tells the
-    generation, and AMX, without which an Intel's bfloat16 is no faster than its float32."""
+    """The processor's name, and what a virtual machine hides of it: an AMD's model, where the family at least narrows
+    it down, and AMX, without which an Intel's bfloat16 is no faster than its float32."""
     try:
         about = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -347,10 +347,10 @@ class ActivityPerturbation:
         weights, _ = self._weights(segment, estimate, wide)
         if self.shared:  # few
             return (weights.T @ flat(v).to(wide)).view(shape)
-        # What a mean over many losses leaves to each may be nothing in float16: weights of 1 at most, scaled afterwards
-        largest = weights.abs().amax().clamp_(min=torch.finfo(wide).tiny)
+        # What a mean over many losses leaves to each may be nothing in float16: weights up to 1 there, scaled afterwards
+        largest = weights.abs().amax(0).clamp_(min=torch.finfo(wide).tiny)
         gradient = torch.einsum("kb,kbm->bm", (weights / largest).to(v.dtype), flat(v, 2))
-        return gradient.to(wide).mul_(largest).view(shape)
+        return gradient.to(wide).mul_(largest.unsqueeze(1)).view(shape)
 
     def _recorded(self, wanted: list[tuple[Segment, Tensor]], inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         """Layer-local gradients of arbitrary layers: the plain pass again, autograd on, cut at each layer's output."""

@@ -173,13 +173,15 @@ class TangentSet:
     def factors(self, piece: Piece, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Factors | None:
         """The same by their factors, where a piece is drawn so: :class:`LowRank` and a matrix. Those of all are kept for
         the Gram matrix and the estimate."""
-        if not isinstance(self.distribution, LowRank) or not factored(piece.shape, self.distribution.r):
+        if not isinstance(self.distribution, LowRank):
             return None
-        r, m = self.distribution.r, math.prod(piece.shape[1:])
         count = self.k - first if count is None else count
         key, whole = (piece.offset, dtype), count == self.k
         if whole and key in self._factors:
             return self._factors[key]
+        if not factored(piece.shape, self.distribution.r):
+            return None
+        r, m = self.distribution.r, math.prod(piece.shape[1:])
         elements, base = r * (piece.shape[0] + m), self.distribution.base
         drawn = ops.sample_tangents(
             self.state, count, elements, offset=piece.offset, first=first, distribution=base, dtype=dtype

@@ -135,6 +135,27 @@ def test_large_results_are_those_of_each_image(together, transposed):
     assert torch.equal(one[0], y) and torch.equal(one[1], dy[1:])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("together", [True, False], ids=["neighbours", "apart"])
+@pytest.mark.parametrize("images, channels, size, taps", [(21, 16, 32, 3), (1, 4, 7, 3), (3, 8, 6, 1), (1, 8, 6, 1)])
+def test_bits_do_not_depend_on_the_number_of_tangents(images, channels, size, taps, together, threads):
+    """273 images in several calls of the library, which would leave one over; and few, for which PyTorch has another way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        w = draw(64, channels, taps, taps, dtype=torch.float32)
+        options = dict(stride=[1, 1], padding=[taps // 2] * 2, dilation=[1, 1], output_padding=[0, 0])
+        x, dx = neighbours(12, (images, channels, size, size), torch.float32)
+        if not together:
+            dx = dx.clone()
+        _, whole = ops.convolution_jvp(x, dx, w, **options)
+        for first in (0, 11):
+            _, one = ops.convolution_jvp(x.clone(), dx[first : first + 1], w, **options)
+            assert torch.equal(one[0], whole[first])
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---- sampled weight tangents
 
 STATE = torch.tensor([-7, 3])

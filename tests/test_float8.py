@@ -43,6 +43,23 @@ def test_product(shape, outputs, magnitude):
     assert (got.double() - wide).norm() <= EIGHT_BITS * wide.norm()
 
 
+def test_operands_are_row_major_whatever_they_were():
+    """GPUs multiply no other."""
+    dx, w = draw(2, 32, 3, dtype=torch.bfloat16).transpose(1, 2), draw(32, 16).t()
+    for x in (dx, w):
+        assert float8._rounded(x)[0].is_contiguous()
+    assert torch.equal(float8.product(dx, w), float8.product(dx.contiguous(), w.contiguous()))
+
+
+def test_small_weights_in_float16():
+    """A scale below float16's smallest number."""
+    w = (1e-6 * draw(16, 32)).half()
+    eight, scale = float8._rounded(w)
+    assert scale.dtype == torch.float32 and 0 < scale < 2.0**-24
+    assert ((eight.double() * scale.double() - w.double()).norm()) <= EIGHT_BITS * w.double().norm()
+    assert (float8._rounded(torch.zeros(16, 32).half())[0].float() == 0).all()
+
+
 def test_product_of_zeros_and_of_what_is_not_finite():
     w = draw(16, 32)
     assert (float8.product(torch.zeros(2, 3, 32, dtype=torch.bfloat16), w) == 0).all()
@@ -58,7 +75,7 @@ def test_which_products():
     with float8.products(torch.float8_e4m3fn, cpu):
         assert float8.takes(dx, w)
         assert not float8.takes(dx, draw(10, 32)) and not float8.takes(dx[..., :31], draw(16, 31))
-        assert not float8.takes(dx.float(), w) and not float8.takes(dx[:, :0], w)
+        assert not float8.takes(dx.float(), w) and not float8.takes(dx[:, :0], w) and not float8.takes(dx, w[:0])
         with float8.products(torch.bfloat16, cpu):
             assert not float8.takes(dx, w)
         assert float8.takes(dx, w)

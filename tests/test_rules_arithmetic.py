@@ -67,6 +67,34 @@ def test_non_contiguous_operands():
     check(lambda x, y: (x * y.t()).exp() + x, draw(33, 7).t(), draw(33, 14)[:, ::2])
 
 
+def test_sums_however_they_are_called():
+    x, y = dual(draw(4)), dual(draw(4, seed=1))
+    exact = x.primal + y.primal, x.tangents + y.tangents
+    for out in (
+        x + y,
+        torch.add(x, y),
+        torch.add(x, other=y),
+        torch.add(input=x, other=y),
+        x.add(y),
+        x.add(other=y),
+        torch.add(x, y, alpha=1),
+        torch.add(x, y, out=None),
+    ):
+        assert torch.equal(out.primal, exact[0]) and torch.equal(out.tangents, exact[1])
+    assert torch.equal(torch.add(x, other=y.primal).tangents, x.tangents)
+    assert torch.equal(torch.add(x, y, alpha=3).tangents, x.tangents + 3 * y.tangents)
+
+
+def test_addcmul_of_what_broadcasts_and_of_plain_tensors():
+    row, column, plain = draw(1, 5), draw(4, 1, seed=1), draw(4, 5, seed=2)
+    check(lambda x, y: torch.addcmul(x, y, plain, value=-2), row, column)
+    check(lambda x, y: torch.addcmul(plain, x, y, value=0.5), row, column)
+    check(lambda x, y: torch.addcmul(x, plain, plain) + y, row, column)
+    check(lambda x: torch.addcmul(plain, plain, x), row)
+    x = DualTensor(torch.randn(5, 3), torch.randn(2, 5, 3).bfloat16())
+    assert torch.addcmul(x, x, x).tangents.dtype == torch.bfloat16
+
+
 def test_promotion_keeps_pytorchs_dtypes():
     x = dual(draw(4))
     wide = DualTensor(draw(4).float(), draw(2, 4).float()) * draw(4)

@@ -144,3 +144,19 @@ def test_errors_name_the_problem():
         F.linear(DualTensor(draw(B, IN), draw(3, B, IN)), draw(OUT, IN), DualTensor(draw(OUT), draw(2, OUT)))
     with pytest.raises(RuntimeError):
         F.linear(DualTensor(draw(B, IN), draw(3, B, IN)), draw(OUT, IN + 1))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_low_precision_survives_a_layer_whose_input_does_not_move(low):
+    x, w, b = (torch.randn(*shape) for shape in ((B, IN), (OUT, IN), (OUT,)))
+    vw, vb = torch.randn(K, OUT, IN).to(low), torch.randn(K, OUT).to(low)
+    exact = vw.float() @ x.T
+    for out, wanted in (
+        (F.linear(add_activity(x, torch.randn(K, IN).to(low)), w, b), None),
+        (F.linear(x, DualTensor(w, vw), b), exact.transpose(1, 2)),
+        (F.linear(x, w, DualTensor(b, vb)), vb.float()[:, None].expand(K, B, OUT)),
+    ):
+        assert out.dtype == torch.float32 and out.tangents.dtype == low
+        if wanted is not None:
+            torch.testing.assert_close(out.tangents.float(), wanted, rtol=2**-7, atol=1e-5)
+    assert F.linear(add_activity(x, torch.randn(K, IN)), w, b).tangents.dtype == torch.float32

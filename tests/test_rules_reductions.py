@@ -58,3 +58,11 @@ def test_std_of_constant_rows_follows_pytorch():
     x = draw(3, 4)
     x[1] = 2.0
     check(lambda x: x.std(1), x)
+
+
+@pytest.mark.parametrize("shape, dim", [((3, 4), 1), ((3, 4), (0, 1)), ((4,), None), ((3, 0), 1)], ids=str)
+def test_the_euclidean_norm_of_zeros_does_not_move(shape, dim):
+    x = draw(*shape)
+    x[..., : max(1, shape[0] - 2)] = 0
+    x[0] = 0
+    check(lambda v: torch.linalg.vector_norm(v, 2, dim, keepdim=dim is not None), x)

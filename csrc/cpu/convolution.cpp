@@ -14,20 +14,47 @@ namespace {
 
 constexpr const char* kOp = "convolution_jvp";
 
-Tensor convolve(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
-  return torch::stable::contiguous(
-      convolution(x, weight, std::nullopt, o.stride, o.padding, o.dilation, o.transposed, o.output_padding, o.groups));
+// PyTorch chooses its library for convolutions by the number of images, too: on one thread, fewer than 16 take another
+// way through filters of one element, and so does a single small image through any small filter (its use_mkldnn).
+constexpr int64_t kFewestImages = 16;
+
+int64_t fewest_images(const Tensor& x, const Tensor& weight) {
+  constexpr int64_t kSmallImage = 20480;
+  int64_t taps = 1;
+  for (int64_t a = 2; a < weight.dim(); ++a) taps *= weight.size(a);
+  if (x.scalar_type() == ScalarType::Double || x.numel() == 0) return 0;
+  if (taps == 1 && torch::stable::get_num_threads() == 1) return kFewestImages;
+  return x.size(0) == 1 && x.numel() <= kSmallImage ? 2 : 0;
 }
 
-// How many images one call of the library gets. It lays images and results out anew in memory of its own, which goes
-// back to the system and cannot be that of other results: with few images it is little, and stays in cache. The weight
-// is laid out anew in every call.
-int64_t images_of_a_call(int64_t images, int64_t result_bytes, int64_t weight_bytes) {
-  constexpr int64_t kCallBytes = int64_t{2} << 20, kFewest = 16;  // fewer may take another path in the library
+Tensor convolve(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
+  const auto run = [&](const Tensor& images) {
+    return torch::stable::contiguous(convolution(images, weight, std::nullopt, o.stride, o.padding, o.dilation,
+                                                 o.transposed, o.output_padding, o.groups));
+  };
+  const int64_t fewest = fewest_images(x, weight);
+  if (x.size(0) >= fewest) return run(x);
+  // With images of zeros beside them, the bits of each do not depend on how many tangents there are
+  std::vector<int64_t> shape = shape_of(x);
+  shape[0] = fewest;
+  Tensor more = new_tensor(x, shape, x.scalar_type());
+  const size_t bytes = static_cast<size_t>(x.numel()) * x.element_size();
+  char* data = static_cast<char*>(more.mutable_data_ptr());
+  std::memcpy(data, x.const_data_ptr(), bytes);
+  std::memset(data + bytes, 0, static_cast<size_t>(more.numel()) * x.element_size() - bytes);
+  const Tensor result = run(more);
+  shape = shape_of(result), shape[0] = x.size(0);
+  return part_of(result, 0, shape);
+}
+
+// Into how many calls of the library a convolution is divided. It lays images and results out anew in memory of its
+// own, which goes back to the system and cannot be that of other results: with few images it is little, and stays in
+// cache. The weight is laid out anew in every call.
+int64_t calls_of_library(int64_t images, int64_t result_bytes, int64_t weight_bytes) {
+  constexpr int64_t kCallBytes = int64_t{2} << 20;
   const int64_t each = std::max<int64_t>(1, result_bytes / std::max<int64_t>(1, images));
-  const int64_t most = std::max(kFewest, std::max(kCallBytes, 4 * weight_bytes) / each);
-  const int64_t calls = std::max<int64_t>(1, images / most);
-  return ceil_div(images, calls);
+  const int64_t fewest = std::max(kFewestImages, std::max(kCallBytes, 4 * weight_bytes) / each);
+  return std::max<int64_t>(1, images / fewest);
 }
 
 // Calls body(first element, result) for a convolution of x, some images after the other; `numel` elements in all.
@@ -35,10 +62,11 @@ template <class Body>
 void for_convolved(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o, int64_t numel,
                    const Body& body) {
   const int64_t images = x.size(0), bytes = static_cast<int64_t>(x.element_size());
-  const int64_t each = images_of_a_call(images, numel * bytes, weight.numel() * bytes);
+  const int64_t calls = calls_of_library(images, numel * bytes, weight.numel() * bytes);
   std::vector<int64_t> shape = shape_of(x);
-  for (int64_t first = 0; first < images; first += each) {
-    shape[0] = std::min(each, images - first);
+  for (int64_t call = 0; images > 0 && call < calls; ++call) {
+    const int64_t first = call * images / calls;
+    shape[0] = (call + 1) * images / calls - first;
     body(numel / images * first, convolve(part_of(x, x.numel() / images * first, shape), weight, o));
   }
 }
@@ -89,8 +117,7 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
   const int64_t bytes = numel * static_cast<int64_t>(x.element_size()),
                 several = images[0] / std::max<int64_t>(1, batch);
   Tensor y, dy;
-  if (images_of_a_call(images[0], several * bytes, weight.numel() * static_cast<int64_t>(x.element_size())) >=
-      images[0]) {
+  if (calls_of_library(images[0], several * bytes, weight.numel() * static_cast<int64_t>(x.element_size())) == 1) {
     std::vector<int64_t> dy_shape = shape;
     dy_shape.insert(dy_shape.begin(), k);
     const Tensor all = convolve(moved, weight, options);

@@ -112,12 +112,12 @@ def add(func: Any, a: Any, b: Any, alpha: Any = 1) -> Any:
 
 
 @rule(torch.add, torch.Tensor.add)
-def plain_add(a: Any, b: Any, **others: Any) -> Any:
+def plain_add(*operands: Any, **others: Any) -> Any:
     """``a + b`` of two DualTensors, as in every residual network, without the way through PyTorch's dispatcher."""
-    if others or type(a) is not DualTensor or type(b) is not DualTensor:
+    if others or len(operands) != 2 or type(operands[0]) is not DualTensor or type(operands[1]) is not DualTensor:
         return NotImplemented
-    common_k("add", a, b)
-    moved = _fused_sum(a, b, 1)
+    a, b = operands
+    moved = _fused_sum(a, b, 1) if a.k == b.k else None
     return NotImplemented if moved is None else _make(torch.add(a._primal, b._primal), moved, a.k)
 
 

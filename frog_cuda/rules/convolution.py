@@ -36,7 +36,7 @@ def layer(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Any:
     """Most calls; what PyTorch makes of the others comes to the rule below."""
-    axes = weight.dim() - 2
+    axes = primal_of(weight).dim() - 2
     stride, padding, dilation = _numbers(stride, axes), _numbers(padding, axes), _numbers(dilation, axes)
     if type(input) is DualTensor and type(weight) is not DualTensor and type(bias) is not DualTensor:
         done = _plain(input, weight, bias, axes, stride, padding, dilation, groups)
@@ -64,7 +64,11 @@ def _plain(
         return None
     if not type(stride) is type(padding) is type(dilation) is tuple or x.dtype not in FUSED_DTYPES or not x.is_cpu:
         return None
-    if axes < 1 or x.size(-1) + 2 * padding[-1] - dilation[-1] * (w.size(-1) - 1) <= stride[-1]:
+    if (
+        axes < 1
+        or not len(stride) == len(padding) == len(dilation) == axes
+        or x.size(-1) + 2 * padding[-1] - dilation[-1] * (w.size(-1) - 1) <= stride[-1]
+    ):
         return None  # the result may have one place
     try:
         y, dy = _convolution_jvp(x, dx, w, bias, stride, padding, dilation, False, (0,) * axes, groups)
@@ -197,7 +201,14 @@ def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, o
     """The right factors are k r filters of one convolution; the left ones spread each result over the output channels."""
     k, r = factors.k, factors.r
     plain = type(input) is not DualTensor and type(bias) is not DualTensor
-    out = func(input, weight, bias, *options) if plain else convolution(func, input, weight, bias, *options)
+    out: Any = None
+    if plain:
+        out = func(input, weight, bias, *options)
+    elif type(input) is DualTensor and type(bias) is not DualTensor:
+        stride, padding, dilation, *_, groups = options
+        out = _plain(input, weight, bias, weight.dim() - 2, stride, padding, dilation, groups)
+    if out is None:
+        out = convolution(func, input, weight, bias, *options)
     factors.touch()
     x = primal_of(input).to(factors.dtype)
     right = factors.right.view(k * r, *factors.shape[1:])
@@ -211,7 +222,7 @@ def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, o
         inner = func(x, right.expand(2, *right.shape[1:]), None, *options)[:, :1]
     else:
         inner = func(x, right, None, *options)
-    inner = inner.unflatten(1, (k, r)).transpose(0, 1)  # (k, B, r, *s)
+    inner = inner.view(inner.shape[0], k, r, *inner.shape[2:]).transpose(0, 1)  # (k, B, r, *s)
     spread = factors.left.view(k, r, 1, -1, *(1,) * (inner.dim() - 3))
     first = 0
     if plain:
@@ -219,6 +230,7 @@ def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, o
         torch.mul(inner[:, :, :1], spread[:, 0].mul(factors.scale), out=moved)
         out, first = wrap(out, moved, factors.dtype), 1
     moved = out.tangents
+    inner, spread = inner.to(moved.dtype), spread.to(moved.dtype)
     for j in range(first, r):
-        moved.addcmul_(inner[:, :, j : j + 1].to(moved.dtype), spread[:, j].to(moved.dtype), value=factors.scale)
+        moved.addcmul_(inner if r == 1 else inner[:, :, j : j + 1], spread[:, j], value=factors.scale)
     return out

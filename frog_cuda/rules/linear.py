@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import float8, ops
 from ..dual import DualTensor, SampledTangents, _k_mismatch, _make, aten, rule
 from ..low_rank import Factors
-from .helpers import FUSED_DTYPES, rows_times
+from .helpers import FUSED_DTYPES, low_dtype, rows_times
 
 # Rules run below autograd on plain tensors, so the guards of the public face have nothing to find here.
 _linear_jvp = torch.ops.frog_cuda.linear_jvp.default
@@ -74,6 +74,9 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
             y = F.linear(x, w, b)
             return y if product is None else _make(y, product, k)
         y, dy, _ = _linear_jvp(x, dx, w, b, dw, db, activity, None, k, 0, 0, None, None, _IDENTITY, 0.0, 0.0, False)
+        if dx is None and product is None:  # the operator gives what no tangent of the input tells in the value's dtype
+            low = low_dtype(input, weight, bias)
+            dy = dy if low is None else dy.to(low)
         return _make(y, dy if product is None else product.add_(dy), k)
     if b_sampled is not None and b_sampled is not source and not _same_set(source, b_sampled):
         db, b_sampled = bias.tangents, None

@@ -109,7 +109,7 @@ def mse_loss(
         or x.shape != y.shape  # PyTorch warns about broadcasting
         or x.dtype != y.dtype
         or x.dtype not in FUSED_DTYPES
-        or reduction not in ("none", "mean", "sum")
+        or reduction not in REDUCTIONS
     ):
         return NotImplemented
     loss, dloss = _mse_jvp(x, dx, y, dy)
@@ -124,7 +124,7 @@ def _bce(input: Any, target: Any, weight: Any, pos_weight: Any, reduction: str, 
         or any(t is not None and t.dtype != value.dtype for t in (target, weight, pos_weight))
         or target.shape != value.shape
         or value.dtype not in FUSED_DTYPES
-        or reduction not in ("none", "mean", "sum")
+        or reduction not in REDUCTIONS
     ):
         return NotImplemented
     loss, dloss = _bce_jvp(value, tangents, target, weight, pos_weight, with_logits)

@@ -1,4 +1,4 @@
-"""Reductions with a closed form; the others (amax, prod, norms, ...) take PyTorch's forward mode through the fallback."""
+"""Reductions with a closed form; the others (amax, prod, other norms, ...) take PyTorch's forward mode through the fallback."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Method:
     stores_tangents = False
     #: whether two ways to compute the result in float64 can be compared
     checked_in_float64 = True
-    #: whether a draw can be unlucky in float64 too, and the median of three is held to the bound where the first is over it
+    #: whether a draw can be unlucky in float64 too, and the median of five is held to the bound where the first is over it
     unlucky_in_float64 = False
     bound = BOUND
 
@@ -80,11 +80,11 @@ class Method:
         return error
 
     def _usual_error(self, bound: float) -> float:
-        """The error, or the median of three where the first is over the bound; a first NaN stays."""
+        """The error, or the median of five where the first is over the bound; a first NaN stays."""
         error = self._error()
         if error > bound:
-            more = (self._error() for _ in range(2))
-            error = sorted([error, *(e if e == e else float("inf") for e in more)])[1]
+            more = (self._error() for _ in range(4))
+            error = sorted([error, *(e if e == e else float("inf") for e in more)])[2]
         return error
 
     def _error(self) -> float:

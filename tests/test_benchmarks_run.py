@@ -165,3 +165,20 @@ def test_a_step_without_a_gradient_needs_less_memory() -> None:
     assert measured("peak_growth('weight, low rank, update_', 'fc1024', 2)") < 0.7 * measured(
         "peak_growth('weight, low rank', 'fc1024', 2)"
     )
+
+
+@pytest.mark.parametrize(
+    "about, name",
+    [
+        ("cpu family\t: 25\nmodel name\t: AMD EPYC\nflags\t\t: avx512_bf16", "AMD EPYC family 25"),
+        ("cpu family\t: 25\nmodel name\t: AMD EPYC 9554 64-Core Processor\n", "AMD EPYC 9554 64-Core Processor"),
+        ("cpu family\t: 6\nmodel name\t: Intel(R) Xeon(R)\nflags\t\t: avx512_bf16", "Intel(R) Xeon(R) without AMX"),
+        ("cpu family\t: 6\nmodel name\t: Intel(R) Xeon(R)\nflags\t\t: avx512_bf16 amx_bf16", "Intel(R) Xeon(R)"),
+    ],
+)
+def test_processors_whose_results_differ_have_names_that_do(monkeypatch, about, name):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import run as suite
+
+    monkeypatch.setattr(Path, "read_text", lambda self: about)
+    assert suite.cpu_model() == name

@@ -119,7 +119,7 @@ class TangentSet:
     ) -> None:
         self.distribution, self.drawn, self.seed, self.step, self.device = distribution, k, seed, step, device
         self.stored: dict[str, Tensor] | None = None
-        self._factors: dict[tuple[int, torch.dtype], Factors] = {}
+        self._factors: dict[tuple[int, tuple[int, ...], torch.dtype], Factors] = {}
         self.guides: list[Guide] = []
         if n is not None:
             distribution.check(k, n)
@@ -176,7 +176,8 @@ class TangentSet:
         if not isinstance(self.distribution, LowRank):
             return None
         count = self.k - first if count is None else count
-        key, whole = (piece.offset, dtype), count == self.k
+        # an empty piece has the offset of the one behind it
+        key, whole = (piece.offset, piece.shape, dtype), count == self.k
         if whole and key in self._factors:
             return self._factors[key]
         if not factored(piece.shape, self.distribution.r):

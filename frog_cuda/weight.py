@@ -216,7 +216,7 @@ def _trainable(model: nn.Module, wanted: Any) -> dict[str, Tensor]:
             raise TypeError(
                 f"model: parameter {name} has dtype {p.dtype}; only real floating point parameters can be perturbed"
             )
-        if p.requires_grad:
+        if p.requires_grad and p.numel() > 0:  # an empty one has no tangents, and the place of the one behind it
             found[name] = p
     check_parameters(model, found)
     return found

@@ -15,6 +15,7 @@ NAMES = {
     "distribution": {code: name for name, code in ops.DISTRIBUTIONS.items()},
     "function": {code: name for name, code in ops.POINTWISE.items()},
     "activation": {code: name for name, code in ops.POINTWISE.items()},
+    "reduction": {code: name for name, code in ops.REDUCTIONS.items()},
 }
 
 

@@ -137,15 +137,27 @@ def test_large_results_are_those_of_each_image(together, transposed):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("together", [True, False], ids=["neighbours", "apart"])
-@pytest.mark.parametrize("images, channels, size, taps", [(21, 16, 32, 3), (1, 4, 7, 3), (3, 8, 6, 1), (1, 8, 6, 1)])
-def test_bits_do_not_depend_on_the_number_of_tangents(images, channels, size, taps, together, threads):
-    """273 images in several calls of the library, which would leave one over; and few, for which PyTorch has another way."""
+@pytest.mark.parametrize(
+    "x_shape, kernel",
+    [
+        ((21, 16, 32, 32), (3, 3)),  # 273 images in several calls of the library, which would leave one over
+        ((1, 4, 7, 7), (3, 3)),  # few images, for which PyTorch has another way
+        ((3, 8, 6, 6), (1, 1)),
+        ((1, 8, 6, 6), (1, 1)),
+        ((2, 3, 50), (1,)),
+        ((2, 4, 5, 6, 6), (3, 1, 1)),
+        ((1, 3, 16, 40, 40), (3, 3, 3)),
+    ],
+    ids=str,
+)
+def test_bits_do_not_depend_on_the_number_of_tangents(x_shape, kernel, together, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        w = draw(64, channels, taps, taps, dtype=torch.float32)
-        options = dict(stride=[1, 1], padding=[taps // 2] * 2, dilation=[1, 1], output_padding=[0, 0])
-        x, dx = neighbours(12, (images, channels, size, size), torch.float32)
+        axes = len(kernel)
+        w = draw(64, x_shape[1], *kernel, dtype=torch.float32)
+        options = dict(stride=[1] * axes, padding=[n // 2 for n in kernel], dilation=[1] * axes, output_padding=[0] * axes)
+        x, dx = neighbours(12, x_shape, torch.float32)
         if not together:
             dx = dx.clone()
         _, whole = ops.convolution_jvp(x, dx, w, **options)

@@ -123,6 +123,34 @@ def test_every_layer_equals_tangents_multiplied_out(layer, r, moving):
     assert touched == {64}
 
 
+@RANKS
+def test_a_convolution_of_what_does_not_move(r):
+    """zeros_like of a DualTensor has tangents that are known to be zero."""
+    shape, input_shape, call = LAYERS["conv2d"]
+    weight, v, dual, _ = dense_and_dual(shape, 3, r)
+    x = torch.zeros_like(DualTensor(torch.ones(input_shape).double(), torch.ones(3, *input_shape).double()))
+    out = call(x, dual, None)
+    expected = frog.jvp(call, (x.primal, weight, None), (None, v, None))
+    assert_close64(out.primal, expected[0])
+    assert_close64(out.tangents, expected[1])
+
+
+@pytest.mark.parametrize("tangents", ["normal", LowRank(1)], ids=["normal", "rank 1"])
+def test_an_empty_parameter_before_a_matrix(tangents):
+    """Both would begin at the same place of the global tangent vector."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(0, 5, bias=False), nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+    fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(), k=4, perturb="weight", tangents=tangents)
+    x, target = torch.zeros(6, 0).double(), torch.arange(6) % 3
+    simulated = frog.simulate(fg, x, target)
+    fg(x, target)
+    assert model[0].weight.grad is None  # it took no part
+    for name, p in model.named_parameters():
+        if p.numel():
+            assert_close64(p.grad, simulated.gradients[name])
+    fg.update_(0.1)
+
+
 def test_numbers_of_tangents_that_differ_are_named():
     _, _, dual, _ = dense_and_dual((33, 21), 3, 1)
     with pytest.raises(ValueError, match="linear: tangents disagree in number"):

@@ -14,27 +14,35 @@ namespace {
 
 constexpr const char* kOp = "convolution_jvp";
 
-// PyTorch chooses its library for convolutions by the number of images, too: on one thread, fewer than 16 take another
-// way through filters of one element, and so does a single small image through any small filter (its use_mkldnn).
+// PyTorch chooses its library for convolutions in float32 by the number of images, too (use_mkldnn): on one thread,
+// fewer than 16 take another way through filters of one element, and so does a single small image through a small
+// filter. Of filters it looks at the last two axes, of images at the first four.
 constexpr int64_t kFewestImages = 16;
 
-int64_t fewest_images(const Tensor& x, const Tensor& weight) {
+int64_t fewest_images(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
   constexpr int64_t kSmallImage = 20480;
-  int64_t taps = 1;
-  for (int64_t a = 2; a < weight.dim(); ++a) taps *= weight.size(a);
-  if (x.scalar_type() == ScalarType::Double || x.numel() == 0) return 0;
-  if (taps == 1 && torch::stable::get_num_threads() == 1) return kFewestImages;
-  return x.size(0) == 1 && x.numel() <= kSmallImage ? 2 : 0;
+  if (x.scalar_type() != ScalarType::Float || x.numel() == 0) return 0;
+  const auto ones = [](const std::vector<int64_t>& v) {
+    return std::all_of(v.begin(), v.end(), [](int64_t n) { return n == 1; });
+  };
+  const int64_t high = weight.dim() > 3 ? weight.size(weight.dim() - 2) : 1, wide = weight.size(weight.dim() - 1);
+  const bool plain = ones(o.stride) && ones(o.dilation);
+  if (plain && high == 1 && wide == 1 && torch::stable::get_num_threads() == 1) return kFewestImages;
+  int64_t size = 1;
+  for (int64_t a = 0; a < std::min<int64_t>(4, x.dim()); ++a) size *= x.size(a);
+  const bool small = o.groups == 1 && (high <= 3 || wide <= 3) && size <= kSmallImage;
+  return x.size(0) == 1 && small ? 2 : 0;
 }
 
 Tensor convolve(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
-  const auto run = [&](const Tensor& images) {
-    return torch::stable::contiguous(convolution(images, weight, std::nullopt, o.stride, o.padding, o.dilation,
-                                                 o.transposed, o.output_padding, o.groups));
-  };
-  const int64_t fewest = fewest_images(x, weight);
-  if (x.size(0) >= fewest) return run(x);
-  // With images of zeros beside them, the bits of each do not depend on how many tangents there are
+  return torch::stable::contiguous(
+      convolution(x, weight, std::nullopt, o.stride, o.padding, o.dilation, o.transposed, o.output_padding, o.groups));
+}
+
+// With images of zeros beside too few of them, so that the bits of each do not depend on how many tangents there are.
+Tensor convolve_alike(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
+  const int64_t fewest = fewest_images(x, weight, o);
+  if (x.size(0) >= fewest) return convolve(x, weight, o);
   std::vector<int64_t> shape = shape_of(x);
   shape[0] = fewest;
   Tensor more = new_tensor(x, shape, x.scalar_type());
@@ -42,7 +50,7 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const ConvolutionOptions&
   char* data = static_cast<char*>(more.mutable_data_ptr());
   std::memcpy(data, x.const_data_ptr(), bytes);
   std::memset(data + bytes, 0, static_cast<size_t>(more.numel()) * x.element_size() - bytes);
-  const Tensor result = run(more);
+  const Tensor result = convolve(more, weight, o);
   shape = shape_of(result), shape[0] = x.size(0);
   return part_of(result, 0, shape);
 }
@@ -120,8 +128,8 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
   if (calls_of_library(images[0], several * bytes, weight.numel() * static_cast<int64_t>(x.element_size())) == 1) {
     std::vector<int64_t> dy_shape = shape;
     dy_shape.insert(dy_shape.begin(), k);
-    const Tensor all = convolve(moved, weight, options);
-    y = neighbours ? part_of(all, 0, shape) : convolve(x, weight, options);
+    const Tensor all = convolve_alike(moved, weight, options);
+    y = neighbours ? part_of(all, 0, shape) : convolve_alike(x, weight, options);
     dy = part_of(all, neighbours ? numel : 0, dy_shape);
   } else {
     std::tie(y, dy) = new_dual(x, shape, k, x.scalar_type(), x.scalar_type());

@@ -15,7 +15,7 @@ from .attention import attention_jvp
 from .convolution import convolution_jvp, narrow_convolution, sampled_convolution_
 from .embedding import embedding_jvp
 from .linear import linear_gradient, linear_jvp, linear_rows
-from .losses import bce_jvp, cross_entropy_jvp, mse_jvp
+from .losses import REDUCTIONS, bce_jvp, cross_entropy_jvp, mse_jvp
 from .normalization import normalization_jvp
 from .pointwise import POINTWISE, pointwise_jvp
 from .pooling import max_pool_jvp
@@ -41,6 +41,7 @@ _above_autograd = _autograd.register("frog_cuda")
 __all__ = [
     "DISTRIBUTIONS",
     "POINTWISE",
+    "REDUCTIONS",
     "attention_jvp",
     "bce_jvp",
     "cholesky_project",

@@ -209,6 +209,7 @@ def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, o
         out = _plain(input, weight, bias, weight.dim() - 2, stride, padding, dilation, groups)
     if out is None:
         out = convolution(func, input, weight, bias, *options)
+    plain = type(out) is not DualTensor  # an input whose tangents are zero, too
     factors.touch()
     x = primal_of(input).to(factors.dtype)
     right = factors.right.view(k * r, *factors.shape[1:])

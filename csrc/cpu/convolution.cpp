@@ -34,6 +34,8 @@ int64_t fewest_images(const Tensor& x, const Tensor& weight, const ConvolutionOp
   return x.size(0) == 1 && small ? 2 : 0;
 }
 
+using Convolve = Tensor (*)(const Tensor&, const Tensor&, const ConvolutionOptions&);
+
 Tensor convolve(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
   return torch::stable::contiguous(
       convolution(x, weight, std::nullopt, o.stride, o.padding, o.dilation, o.transposed, o.output_padding, o.groups));
@@ -67,7 +69,7 @@ int64_t calls_of_library(int64_t images, int64_t result_bytes, int64_t weight_by
 
 // Calls body(first element, result) for a convolution of x, some images after the other; `numel` elements in all.
 template <class Body>
-void for_convolved(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o, int64_t numel,
+void for_convolved(Convolve by, const Tensor& x, const Tensor& weight, const ConvolutionOptions& o, int64_t numel,
                    const Body& body) {
   const int64_t images = x.size(0), bytes = static_cast<int64_t>(x.element_size());
   const int64_t calls = calls_of_library(images, numel * bytes, weight.numel() * bytes);
@@ -75,14 +77,15 @@ void for_convolved(const Tensor& x, const Tensor& weight, const ConvolutionOptio
   for (int64_t call = 0; images > 0 && call < calls; ++call) {
     const int64_t first = call * images / calls;
     shape[0] = (call + 1) * images / calls - first;
-    body(numel / images * first, convolve(part_of(x, x.numel() / images * first, shape), weight, o));
+    body(numel / images * first, by(part_of(x, x.numel() / images * first, shape), weight, o));
   }
 }
 
 // The same as one tensor at `to`.
-void convolve_to(char* to, const Tensor& x, const Tensor& weight, const ConvolutionOptions& o, int64_t numel) {
+void convolve_to(char* to, Convolve by, const Tensor& x, const Tensor& weight, const ConvolutionOptions& o,
+                 int64_t numel) {
   const int64_t bytes = static_cast<int64_t>(x.element_size());
-  for_convolved(x, weight, o, numel, [&](int64_t first, const Tensor& part) {
+  for_convolved(by, x, weight, o, numel, [&](int64_t first, const Tensor& part) {
     const char* from = static_cast<const char*>(part.const_data_ptr());
     torch::stable::parallel_for(0, part.numel(), kWork, [&](int64_t a, int64_t b) {
       std::memcpy(to + (first + a) * bytes, from + a * bytes, static_cast<size_t>((b - a) * bytes));
@@ -133,8 +136,11 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
     dy = part_of(all, neighbours ? numel : 0, dy_shape);
   } else {
     std::tie(y, dy) = new_dual(x, shape, k, x.scalar_type(), x.scalar_type());
-    if (!neighbours) convolve_to(static_cast<char*>(y.mutable_data_ptr()), x, weight, options, numel);
-    convolve_to(static_cast<char*>((neighbours ? y : dy).mutable_data_ptr()), moved, weight, options, several * numel);
+    if (!neighbours) {
+      convolve_to(static_cast<char*>(y.mutable_data_ptr()), convolve_alike, x, weight, options, numel);
+    }
+    convolve_to(static_cast<char*>((neighbours ? y : dy).mutable_data_ptr()), convolve_alike, moved, weight, options,
+                several * numel);
   }
   if (bias) {
     check_cpu(kOp, "bias", *bias);
@@ -288,8 +294,9 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
       using T = decltype(zero);
       using C = typename ComputeOf<T>::type;
       T* row = static_cast<T*>(target.mutable_data_ptr()) + i * numel;  // [B, O, *]
-      if (!add) return convolve_to(reinterpret_cast<char*>(row), x, torch::stable::view(v, shape), options, numel);
-      for_convolved(x, torch::stable::view(v, shape), options, numel, [&](int64_t at, const Tensor& part) {
+      const Tensor w = torch::stable::view(v, shape);  // as many images whatever k: nothing to be made alike
+      if (!add) return convolve_to(reinterpret_cast<char*>(row), convolve, x, w, options, numel);
+      for_convolved(convolve, x, w, options, numel, [&](int64_t at, const Tensor& part) {
         const T* from = static_cast<const T*>(part.const_data_ptr());
         torch::stable::parallel_for(0, part.numel(), kWork, [&](int64_t a, int64_t b) {
           T* to = row + at;

@@ -1,8 +1,8 @@
 """Tangents in 8 bits: carried in bfloat16, and rounded to float8 e4m3 where they meet the weight of a linear layer.
 
 Tangents and weight are each scaled so that their largest entry is e4m3's largest number, 448, and multiplied by PyTorch's
-``scaled_mm`` with sums in float32. GPUs of compute capability 8.9 and later multiply such numbers twice as fast as bfloat16;
-CPUs only imitate them. Everything else multiplies in bfloat16: layers whose sizes are no multiples of 16, which scaled_mm asks
+``scaled_mm`` with sums in float32. GPUs of compute capability 8.9 and later have instructions for such numbers; CPUs only
+imitate them. Everything else multiplies in bfloat16: layers whose sizes are no multiples of 16, which scaled_mm asks
 for; a layer's input with the tangents of its weight; tangents that all samples share; products other than ``F.linear``.
 """
 

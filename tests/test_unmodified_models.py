@@ -443,16 +443,18 @@ class TestTransformers:
         check_gradient(case, layers=case.innermost, per_sample=name != "t5")
 
 
-@pytest.mark.skipif(bool(NO_TORCHVISION), reason=NO_TORCHVISION)
-@pytest.mark.parametrize("name", TORCHVISION)
-class TestTorchvision:
+class VisionModels:
+    """What holds for models of images of every library, ``models`` by name."""
+
+    models: dict[str, Callable[[], Case]]
+
     @pytest.mark.parametrize("parameters", [True, False], ids=["parameters", "inputs"])
     def test_jvp(self, name, parameters, monkeypatch):
-        check_jvp(TORCHVISION[name](), monkeypatch, parameters=parameters)
+        check_jvp(self.models[name](), monkeypatch, parameters=parameters)
 
     @pytest.mark.parametrize("options", [dict(perturb="weight"), dict(), dict(per_sample=False)], ids=str)
     def test_forward_gradient(self, name, options):
-        case = TORCHVISION[name]()
+        case = self.models[name]()
         if "perturb" not in options:
             options = options | dict(layers=case.layers)
         check_gradient(case, **options)
@@ -460,9 +462,15 @@ class TestTorchvision:
     @pytest.mark.parametrize("perturb", ["weight", "activity"])
     def test_forward_gradient_in_train_mode(self, name, perturb):
         """Batch statistics, dropout and stochastic depth."""
-        case = TORCHVISION[name]()
+        case = self.models[name]()
         case.model.train()
         check_gradient(case, perturb=perturb, layers=case.layers, per_sample=False)
+
+
+@pytest.mark.skipif(bool(NO_TORCHVISION), reason=NO_TORCHVISION)
+@pytest.mark.parametrize("name", TORCHVISION)
+class TestTorchvision(VisionModels):
+    models = TORCHVISION
 
     def test_forward_gradient_of_innermost_modules(self, name):
         case = TORCHVISION[name]()
@@ -471,23 +479,8 @@ class TestTorchvision:
 
 @pytest.mark.skipif(bool(NO_TIMM), reason=NO_TIMM)
 @pytest.mark.parametrize("name", TIMM)
-class TestTimm:
-    @pytest.mark.parametrize("parameters", [True, False], ids=["parameters", "inputs"])
-    def test_jvp(self, name, parameters, monkeypatch):
-        check_jvp(TIMM[name](), monkeypatch, parameters=parameters)
-
-    @pytest.mark.parametrize("options", [dict(perturb="weight"), dict(), dict(per_sample=False)], ids=str)
-    def test_forward_gradient(self, name, options):
-        case = TIMM[name]()
-        if "perturb" not in options:
-            options = options | dict(layers=case.layers)
-        check_gradient(case, **options)
-
-    @pytest.mark.parametrize("perturb", ["weight", "activity"])
-    def test_forward_gradient_in_train_mode(self, name, perturb):
-        case = TIMM[name]()
-        case.model.train()
-        check_gradient(case, perturb=perturb, layers=case.layers, per_sample=False)
+class TestTimm(VisionModels):
+    models = TIMM
 
     def test_no_call_is_left_to_the_fallback(self, name):
         case = TIMM[name]()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import assert_close32, assert_close64
 
 from frog_cuda import ops, reference
-from frog_cuda.tracking import Tracker
 
 K = 3
 #: x, weight, options
@@ -179,7 +181,11 @@ SAMPLED = {
     "strided": ((2, 6, 5, 3), (2, 4, 9, 9), dict(kernel=[3, 3], stride=[2, 2], padding=[1, 0], dilation=[1, 2])),
     "3d": ((1, 6, 3, 4, 2), (1, 2, 4, 5, 3), dict(kernel=[2] * 3, stride=[1] * 3, padding=[0] * 3, dilation=[1] * 3)),
     "empty": ((0, 6, 7, 5), (0, 4, 7, 5), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])),
-    # 4 MiB in float32: more than one call of the library
+    # more than are drawn at a time; more filters than a strip has
+    "many channels": ((3, 40, 4, 4), (3, 200, 4, 4), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])),
+    # taps that no image has
+    "beside": ((9, 5, 1, 2), (9, 4, 1, 2), dict(kernel=[3, 3], stride=[1, 1], padding=[2, 1], dilation=[2, 1])),
+    # images in stretches, the second of three; places in stretches
     "large": ((67, 4, 65, 63), (67, 3, 65, 63), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])),
 }
 
@@ -195,7 +201,7 @@ def test_sampled_against_the_reference(name, distribution, dtype, add):
     exact, actual = before.double().clone(), before.clone()
     reference.sampled_convolution_(exact, x, STATE, **how)
     assert ops.sampled_convolution_(actual, x, STATE, **how) is actual
-    if dtype == torch.bfloat16:  # each product and each sum is rounded to 8 bits
+    if dtype == torch.bfloat16:  # each sum is rounded to 8 bits
         largest = exact.abs().amax().item() if exact.numel() else 1.0
         torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2**-7 * largest)
     else:
@@ -219,14 +225,45 @@ def test_sampled_tangents_are_those_of_sample_tangents():
         assert_close64(moved, exact)
 
 
+PEAK = """
+import resource, torch
+from frog_cuda import ops
+torch.set_num_threads(1)
+def step(k, channels):
+    moved, x = torch.zeros(k, 2, channels, 3, 3), torch.randn(2, channels, 3, 3)
+    ops.sampled_convolution_(moved, x, torch.tensor([1, 2]), kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])
+step(2, 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(16, 512)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
 def test_weight_tangents_are_never_all_there():
-    """Of k of them, a few at a time; the result is small beside one."""
-    k, channels = 16, 64
-    x, state = draw(1, channels, 3, 3, dtype=torch.float32), torch.tensor([1, 2])
-    moved = torch.zeros(k, 1, channels, 1, 1)
-    with Tracker(torch.device("cpu")) as tracker:
-        ops.sampled_convolution_(moved, x, state, kernel=[3, 3], stride=[1, 1], padding=[0, 0], dilation=[1, 1])
-    assert 4 * channels**2 * 9 <= tracker.peak < 3 * 4 * channels**2 * 9
+    """Sixteen of them would take 151 MB, one of them 9.4."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 9.4e6
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", ["2d", "strided", "many channels", "large"])
+def test_bits_of_sampled_do_not_depend_on_tangents_images_or_threads(name, threads):
+    shape, x_shape, options = SAMPLED[name]
+    x, state, how = draw(*x_shape, dtype=torch.float32), torch.tensor([9, 4]), dict(offset=5, add=False)
+
+    def convolved(x, k, first):
+        moved = torch.empty(k, len(x), *shape[1:])
+        return ops.sampled_convolution_(moved, x, state, **options, **how, first=first)
+
+    whole = convolved(x, 5, 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for first, k in ((0, 1), (1, 3), (4, 1)):
+            assert torch.equal(convolved(x, k, first), whole[first : first + k])
+        assert torch.equal(convolved(x[1:], 5, 0), whole[:, 1:])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

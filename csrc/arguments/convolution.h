@@ -74,76 +74,75 @@ inline void check_convolution_bias(const char* op, const Tensor& bias, const Ten
   check_shape(op, "bias", bias, {channels});
 }
 
-/// x [images, channels, *size], weight [filters, channels, *kernel], result [images, filters, *count].
-struct NarrowSizes : WindowAxes {
+/// x [images, channels, *size], weight [filters, channels, *kernel], result [images, filters, *count]; in one group.
+struct ConvolutionSizes : WindowAxes {
   int64_t images = 0, channels = 0, filters = 0;
   std::vector<int64_t> y_shape;
+
+  int64_t rows() const { return channels * taps(); }  // elements of a filter
 };
 
-inline NarrowSizes check_narrow_convolution(const char* op, const Tensor& x, const Tensor& weight,
-                                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                            const std::vector<int64_t>& dilation) {
-  check_floating(op, "x", x);
-  check_dtype(op, "weight", weight, x.scalar_type());
+inline void check_image_axes(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, op, ": x has shape ", shape_string(x),
                   ", expected (batch, channels, *) with one to three more axes");
-  STD_TORCH_CHECK(weight.dim() == x.dim() && weight.size(0) >= 1 && weight.size(1) == x.size(1), op,
-                  ": weight has shape ", shape_string(weight), ", expected (filters, ", x.size(1),
-                  ", *) with a filter at least and as many axes as x");
+}
+
+inline ConvolutionSizes convolution_sizes(const char* op, const Tensor& x, int64_t filters,
+                                          const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
+                                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
   const int64_t axes = x.dim() - 2;
+  check_axes(op, "kernel", kernel, axes, 1);
   check_axes(op, "stride", stride, axes, 1);
   check_axes(op, "padding", padding, axes, 0);
   check_axes(op, "dilation", dilation, axes, 1);
-  NarrowSizes s;
-  s.images = x.size(0), s.channels = x.size(1), s.filters = weight.size(0);
+  ConvolutionSizes s;
+  s.images = x.size(0), s.channels = x.size(1), s.filters = filters;
   s.y_shape = {s.images, s.filters};
   for (int64_t j = 0; j < axes; ++j) {
     WindowAxis& a = s.axes[3 - axes + j];
-    a = {x.size(2 + j), weight.size(2 + j), stride[j], padding[j], dilation[j], 1};
-    STD_TORCH_CHECK(a.kernel >= 1 && a.room() >= 0, op, ": the kernel spans ", a.dilation * (a.kernel - 1) + 1,
-                    " places of axis ", j, ", but the padded image has ", a.size + 2 * a.padding);
+    a = {x.size(2 + j), kernel[j], stride[j], padding[j], dilation[j], 1};
+    STD_TORCH_CHECK(a.room() >= 0, op, ": the kernel spans ", a.dilation * (a.kernel - 1) + 1, " places of axis ", j,
+                    ", but the padded image has ", a.size + 2 * a.padding);
     a.count = a.room() / a.stride + 1;
     s.y_shape.push_back(a.count);
   }
   return s;
 }
 
-/// What sampled_convolution_ is given beside its tensors; a number for each spatial axis.
-struct SampledConvolutionOptions {
-  std::vector<int64_t> kernel, stride, padding, dilation;
-  int64_t offset, first, distribution;
-
-  int64_t kernel_size() const {
-    int64_t size = 1;
-    for (const int64_t n : kernel) size *= n;
-    return size;
-  }
-};
+inline ConvolutionSizes check_narrow_convolution(const char* op, const Tensor& x, const Tensor& weight,
+                                                 const std::vector<int64_t>& stride,
+                                                 const std::vector<int64_t>& padding,
+                                                 const std::vector<int64_t>& dilation) {
+  check_floating(op, "x", x);
+  check_dtype(op, "weight", weight, x.scalar_type());
+  check_image_axes(op, x);
+  STD_TORCH_CHECK(weight.dim() == x.dim() && weight.size(0) >= 1 && weight.size(1) == x.size(1),
+                  op, ": weight has shape ", shape_string(weight), " and x has shape ", shape_string(x),
+                  ", expected (filters, channels, *) with a filter at least, and as many channels and axes as x");
+  const std::vector<int64_t> shape = shape_of(weight);
+  return convolution_sizes(op, x, shape[0], {shape.begin() + 2, shape.end()}, stride, padding, dilation);
+}
 
 /// self [k, B, O, *t] and x [B, C, *s], with t what a kernel [O, C, *kernel] makes of s.
-inline void check_sampled_convolution(const char* op, const Tensor& self, const Tensor& x, const Tensor& state,
-                                      const SampledConvolutionOptions& o) {
+inline ConvolutionSizes check_sampled_convolution(const char* op, const Tensor& self, const Tensor& x,
+                                                  const Tensor& state, const std::vector<int64_t>& kernel,
+                                                  const std::vector<int64_t>& stride,
+                                                  const std::vector<int64_t>& padding,
+                                                  const std::vector<int64_t>& dilation, int64_t offset, int64_t first,
+                                                  int64_t distribution) {
   check_floating(op, "x", x);
   check_dtype(op, "self", self, x.scalar_type());
-  STD_TORCH_CHECK(x.dim() >= 3 && x.dim() <= 5, op, ": x has shape ", shape_string(x),
-                  ", expected (batch, channels, *) with one to three more axes");
-  STD_TORCH_CHECK(self.dim() == x.dim() + 1, op, ": self has shape ", shape_string(self), " and x has shape ",
-                  shape_string(x), ", expected (k, batch, outputs, *) with as many axes at the end");
-  const int64_t axes = x.dim() - 2;
-  check_axes(op, "kernel", o.kernel, axes, 1);
-  check_axes(op, "stride", o.stride, axes, 1);
-  check_axes(op, "padding", o.padding, axes, 0);
-  check_axes(op, "dilation", o.dilation, axes, 1);
-  std::vector<int64_t> expected{self.size(0), x.size(0), self.size(2)};
-  for (int64_t a = 0; a < axes; ++a) {
-    const int64_t room = x.size(2 + a) + 2 * o.padding[a] - o.dilation[a] * (o.kernel[a] - 1) - 1;
-    STD_TORCH_CHECK(room >= 0, op, ": the kernel spans ", o.dilation[a] * (o.kernel[a] - 1) + 1, " places of axis ", a,
-                    ", but the padded image has ", x.size(2 + a) + 2 * o.padding[a]);
-    expected.push_back(room / o.stride[a] + 1);
-  }
+  check_image_axes(op, x);
+  STD_TORCH_CHECK(self.dim() == x.dim() + 1, op, ": self has shape ", shape_string(self),
+                  " and x has shape ", shape_string(x),
+                  ", expected (k, batch, outputs, *) with as many axes at the end");
+  const ConvolutionSizes s = convolution_sizes(op, x, self.size(2), kernel, stride, padding, dilation);
+  std::vector<int64_t> expected = s.y_shape;
+  expected.insert(expected.begin(), self.size(0));
   check_shape(op, "self", self, expected);
-  check_draw(op, state, self.size(0), o.first, o.distribution);
-  check_range(op, self.size(2) * x.size(1) * o.kernel_size(), o.offset);
+  check_draw(op, state, self.size(0), first, distribution);
+  check_range(op, s.filters * s.rows(), offset);
+  return s;
 }
 
 }  // namespace frog

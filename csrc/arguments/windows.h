@@ -11,6 +11,8 @@ namespace frog {
 struct WindowAxis {
   int64_t size = 1, kernel = 1, stride = 1, padding = 0, dilation = 1, count = 1;  // count: of windows
 
+  /// Where element i of window j lies; it may be beside the axis.
+  int64_t at(int64_t j, int64_t i) const { return j * stride - padding + i * dilation; }
   /// Steps of one element that a window can take; negative where none fits.
   int64_t room() const { return size + 2 * padding - dilation * (kernel - 1) - 1; }
 };

@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
 
 // sums [*count] += what tap t has at the windows' places, of products [*size], which it may change
 template <class T>
-void add_shifted(const NarrowSizes& s, int64_t t, T* products, T* sums) {
+void add_shifted(const ConvolutionSizes& s, int64_t t, T* products, T* sums) {
   const auto& [depth, height, width] = s.axes;
   const auto shift_of = [](const WindowAxis& a, int64_t tap) { return tap * a.dilation - a.padding; };
   const int64_t dz = shift_of(depth, t / width.kernel / height.kernel);
@@ -191,7 +191,7 @@ void add_shifted(const NarrowSizes& s, int64_t t, T* products, T* sums) {
 // side, and the products are shifted to where they belong: sum_t (w_t x)[place + t]. Strides waste some: all places are
 // multiplied.
 template <class T>
-void narrow(const NarrowSizes& s, const T* x, const T* w, T* y) {
+void narrow(const ConvolutionSizes& s, const T* x, const T* w, T* y) {
   constexpr int64_t kProductBytes = 256 * 1024;  // of some images with some filters, in second-level cache
   const int64_t channels = s.channels, taps = s.taps(), inputs = s.inputs(), outputs = s.outputs();
   const int64_t panel = panel_width<T>(), vector = vector_width<T>();
@@ -248,7 +248,7 @@ Tensor narrow_convolution(const Tensor& x_, const Tensor& weight, std::vector<in
   const char* op = "narrow_convolution";
   check_cpu(op, "x", x_);
   check_cpu(op, "weight", weight);
-  const NarrowSizes s = check_narrow_convolution(op, x_, weight, stride, padding, dilation);
+  const ConvolutionSizes s = check_narrow_convolution(op, x_, weight, stride, padding, dilation);
   const ScalarType compute = x_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Tensor x = torch::stable::contiguous(to_dtype(x_, compute));
   const Tensor w = torch::stable::contiguous(to_dtype(weight, compute));
@@ -266,52 +266,9 @@ Tensor narrow_convolution(const Tensor& x_, const Tensor& weight, std::vector<in
   return to_dtype(y, x_.scalar_type());
 }
 
-// The library's convolution with one tangent of the weight at a time, drawn and dropped again. A product of all k with
-// the unfolded input, which they would share, was measured to be no faster (docs/performance.md).
-void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, std::vector<int64_t> kernel,
-                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                          int64_t offset, int64_t first, int64_t distribution, bool add) {
-  const char* op = "sampled_convolution_";
-  const SampledConvolutionOptions o{kernel, stride, padding, dilation, offset, first, distribution};
-  check_cpu(op, "self", self);
-  check_cpu(op, "x", x_);
-  check_cpu(op, "state", state);
-  check_sampled_convolution(op, self, x_, state, o);
-  const Tensor x = torch::stable::contiguous(x_);
-  const int64_t k = self.size(0), outputs = self.size(2), weights = outputs * x.size(1) * o.kernel_size();
-  const int64_t numel = self.numel() / std::max<int64_t>(1, k);
-  draw_spec(op, state, k, first, distribution);  // raises before anything is written
-  std::vector<int64_t> shape{outputs, x.size(1)};
-  shape.insert(shape.end(), kernel.begin(), kernel.end());
-  Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
-  const ConvolutionOptions options{stride, padding, dilation, false, std::vector<int64_t>(kernel.size(), 0), 1};
-  for (int64_t i = 0; i < k; ++i) {
-    std::array<StableIValue, 7> stack{detail::box(state),          detail::box(int64_t{1}), detail::box(weights),
-                                      detail::box(offset),         detail::box(first + i),  detail::box(distribution),
-                                      detail::box(x.scalar_type())};
-    const Tensor v = detail::call_for_tensor("frog_cuda::sample_tangents", "", stack.data());
-    dispatch_floating(op, x.scalar_type(), [&](auto zero) {
-      using T = decltype(zero);
-      using C = typename ComputeOf<T>::type;
-      T* row = static_cast<T*>(target.mutable_data_ptr()) + i * numel;  // [B, O, *]
-      const Tensor w = torch::stable::view(v, shape);  // as many images whatever k: nothing to be made alike
-      if (!add) return convolve_to(reinterpret_cast<char*>(row), convolve, x, w, options, numel);
-      for_convolved(convolve, x, w, options, numel, [&](int64_t at, const Tensor& part) {
-        const T* from = static_cast<const T*>(part.const_data_ptr());
-        torch::stable::parallel_for(0, part.numel(), kWork, [&](int64_t a, int64_t b) {
-          T* to = row + at;
-          for (int64_t j = a; j < b; ++j) to[j] = static_cast<T>(static_cast<C>(to[j]) + static_cast<C>(from[j]));
-        });
-      });
-    });
-  }
-  if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
   m.impl("convolution_jvp", TORCH_BOX(&convolution_jvp));
   m.impl("narrow_convolution", TORCH_BOX(&narrow_convolution));
-  m.impl("sampled_convolution_", TORCH_BOX(&sampled_convolution_));
 }
 
 }  // namespace

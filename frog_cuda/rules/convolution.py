@@ -1,9 +1,8 @@
 """Convolution of any kind: bilinear, so k folds into the batch for tangents of the input.
 
 Supplied tangents of the weight take one library call each, and so do sampled ones of transposed and grouped convolutions, which
-are drawn one at a time and dropped again. Other sampled ones are the compiled operator's: on a GPU one kernel for all k, on the
-CPU one library call each. There, a matrix product of all k with the unfolded input, which they would share, stores them all and
-the unfolded input, and was measured to be no faster (docs/performance.md).
+are drawn one at a time and dropped again. Other sampled ones are the compiled operator's: all k share the unfolded input, of which
+as little is ever there as of the tangents.
 """
 
 from __future__ import annotations
@@ -104,10 +103,11 @@ def convolution(
     options = (stride, padding, dilation, transposed, output_padding, groups)
     low = low_dtype(input, weight, bias)
     place = None if transposed or groups != 1 else _one_place(x, w, b, low, stride, padding, dilation)
-    if place is not None:
-        return _as_product(place, k, x, dx, w, dw, sampled, b, db, low)
     moved = None
-    if dx is not None and dx.dtype == x.dtype == w.dtype and x.dtype in FUSED_DTYPES and x.is_cpu and x.dim() > 2:
+    if place is not None:
+        out, moved = _as_product(place, k, x, dx, w, dw, b, db)
+        dw = db = None
+    elif dx is not None and dx.dtype == x.dtype == w.dtype and x.dtype in FUSED_DTYPES and x.is_cpu and x.dim() > 2:
         try:
             out, moved = _convolution_jvp(x, dx, w, b, *options)  # (B, O, *s), (k, B, O, *s)
         except RuntimeError:
@@ -150,17 +150,8 @@ def _one_place(
 
 
 def _as_product(
-    place: OnePlace,
-    k: int,
-    x: Tensor,
-    dx: Tensor | None,
-    w: Tensor,
-    dw: Tensor | None,
-    sampled: Any,
-    b: Tensor | None,
-    db: Tensor | None,
-    low: torch.dtype | None,
-) -> Tensor:
+    place: OnePlace, k: int, x: Tensor, dx: Tensor | None, w: Tensor, dw: Tensor | None, b: Tensor | None, db: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     rows, matrix = place.rows(x), place.matrix(w)  # (B, m C), (O, m C)
     moved = None
     if dx is None and dw is None and db is None:
@@ -170,14 +161,8 @@ def _as_product(
         out, moved, _ = _linear_jvp(
             rows, dx, matrix, b, dw, db, None, None, k, 0, 0, None, None, _IDENTITY, 0.0, 0.0, False
         )  # (B, O), (k, B, O)
-    for i in range(k if sampled is not None else 0):
-        v = place.matrix(draw(w, sampled, i, 1)[0])
-        product = F.linear(rows.to(v.dtype), v)
-        if moved is None:
-            moved = product.new_zeros((k, *product.shape))
-        moved[i] += product
     shape = (*out.shape, *(1,) * (w.dim() - 2))
-    return wrap(out.view(shape), None if moved is None else moved.view(k, *shape), low)
+    return out.view(shape), None if moved is None else moved.view(k, *shape)
 
 
 def _fits(x: Tensor, w: Tensor, sampled: SampledTangents, moved: Tensor | None) -> bool:

@@ -86,6 +86,12 @@ struct SimdKernels {
                    int64_t count, float* acc, int64_t acc_ld, bool fresh);
   void (*tile_f64)(const double* xt, int64_t xt_ld, int64_t width, const double* v, int64_t v_ld, int64_t rows,
                    int64_t count, double* acc, int64_t acc_ld, bool fresh);
+  // the same of a packed panel whose row c meets column list[c] of v: acc += sum_c v[r * v_ld + list[c]] * xt[c * width
+  // + b]
+  void (*tile_listed_f32)(const float* xt, int64_t width, const float* v, int64_t v_ld, const int32_t* list,
+                          int64_t rows, int64_t count, float* acc, int64_t acc_ld, bool fresh);
+  void (*tile_listed_f64)(const double* xt, int64_t width, const double* v, int64_t v_ld, const int32_t* list,
+                          int64_t rows, int64_t count, double* acc, int64_t acc_ld, bool fresh);
   // a panel for the tile: xt[c * width + r] = x[r * ld + c] for c < count and r < width, zeros where r >= rows
   void (*pack_f32)(const float* x, int64_t ld, int64_t rows, int64_t count, int64_t width, float* xt);
   void (*pack_f64)(const double* x, int64_t ld, int64_t rows, int64_t count, int64_t width, double* xt);

@@ -273,10 +273,11 @@ inline void gram_of_signs(const DrawSpec& spec, int64_t k, int64_t start, int64_
 
 // ---- the matrix tile
 
-// R rows of v against N vectors of xt; the sums stay in registers over the whole count.
-template <class T, int R, int N>
-void tile_fixed(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, int64_t count, T* acc, int64_t acc_ld,
-                bool fresh) {
+// R rows of v against N vectors of xt; the sums stay in registers over the whole count. Row c of xt meets column c of
+// v, or column list[c].
+template <class T, int R, int N, bool kListed>
+void tile_fixed(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, const int32_t* list, int64_t count, T* acc,
+                int64_t acc_ld, bool fresh) {
   using V = typename VectorOf<T>::type;
   V sums[R][N];
   for (int r = 0; r < R; ++r) {
@@ -285,8 +286,9 @@ void tile_fixed(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, int64_t co
   for (int64_t c = 0; c < count; ++c) {
     V x[N];
     for (int n = 0; n < N; ++n) x[n] = V::load(xt + c * xt_ld + n * V::kWidth);
+    const int64_t column = kListed ? list[c] : c;
     for (int r = 0; r < R; ++r) {
-      const V factor = V::set(v[r * v_ld + c]);
+      const V factor = V::set(v[r * v_ld + column]);
       for (int n = 0; n < N; ++n) sums[r][n] = fma(factor, x[n], sums[r][n]);
     }
   }
@@ -295,33 +297,44 @@ void tile_fixed(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, int64_t co
   }
 }
 
-template <class T, int N>
-void tile_rows(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc,
-               int64_t acc_ld, bool fresh) {
+template <class T, int N, bool kListed>
+void tile_rows(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, const int32_t* list, int64_t rows, int64_t count,
+               T* acc, int64_t acc_ld, bool fresh) {
   int64_t r = 0;
   const auto take = [&](auto tile, int taken) {
-    tile(xt, xt_ld, v + r * v_ld, v_ld, count, acc + r * acc_ld, acc_ld, fresh);
+    tile(xt, xt_ld, v + r * v_ld, v_ld, list, count, acc + r * acc_ld, acc_ld, fresh);
     r += taken;
   };
-  while (r + 6 <= rows) take(tile_fixed<T, 6, N>, 6);
-  if (r + 4 <= rows) take(tile_fixed<T, 4, N>, 4);
-  if (r + 2 <= rows) take(tile_fixed<T, 2, N>, 2);
-  if (r < rows) take(tile_fixed<T, 1, N>, 1);
+  while (r + 6 <= rows) take(tile_fixed<T, 6, N, kListed>, 6);
+  if (r + 4 <= rows) take(tile_fixed<T, 4, N, kListed>, 4);
+  if (r + 2 <= rows) take(tile_fixed<T, 2, N, kListed>, 2);
+  if (r < rows) take(tile_fixed<T, 1, N, kListed>, 1);
+}
+
+template <class T, bool kListed>
+void tile_width(const T* xt, int64_t xt_ld, int64_t width, const T* v, int64_t v_ld, const int32_t* list, int64_t rows,
+                int64_t count, T* acc, int64_t acc_ld, bool fresh) {
+  const int64_t vectors = width / VectorOf<T>::type::kWidth;
+  if constexpr (kTileVectors >= 4) {
+    if (vectors == 4) return tile_rows<T, 4, kListed>(xt, xt_ld, v, v_ld, list, rows, count, acc, acc_ld, fresh);
+    if (vectors == 3) return tile_rows<T, 3, kListed>(xt, xt_ld, v, v_ld, list, rows, count, acc, acc_ld, fresh);
+  }
+  if constexpr (kTileVectors >= 2) {
+    if (vectors == 2) return tile_rows<T, 2, kListed>(xt, xt_ld, v, v_ld, list, rows, count, acc, acc_ld, fresh);
+  }
+  tile_rows<T, 1, kListed>(xt, xt_ld, v, v_ld, list, rows, count, acc, acc_ld, fresh);
 }
 
 template <class T>
 void tile(const T* xt, int64_t xt_ld, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc,
           int64_t acc_ld, bool fresh) {
-  using V = typename VectorOf<T>::type;
-  const int64_t vectors = width / V::kWidth;
-  if constexpr (kTileVectors >= 4) {
-    if (vectors == 4) return tile_rows<T, 4>(xt, xt_ld, v, v_ld, rows, count, acc, acc_ld, fresh);
-    if (vectors == 3) return tile_rows<T, 3>(xt, xt_ld, v, v_ld, rows, count, acc, acc_ld, fresh);
-  }
-  if constexpr (kTileVectors >= 2) {
-    if (vectors == 2) return tile_rows<T, 2>(xt, xt_ld, v, v_ld, rows, count, acc, acc_ld, fresh);
-  }
-  tile_rows<T, 1>(xt, xt_ld, v, v_ld, rows, count, acc, acc_ld, fresh);
+  tile_width<T, false>(xt, xt_ld, width, v, v_ld, nullptr, rows, count, acc, acc_ld, fresh);
+}
+
+template <class T>
+void tile_listed(const T* xt, int64_t width, const T* v, int64_t v_ld, const int32_t* list, int64_t rows, int64_t count,
+                 T* acc, int64_t acc_ld, bool fresh) {
+  tile_width<T, true>(xt, width, width, v, v_ld, list, rows, count, acc, acc_ld, fresh);
 }
 
 // to[c * to_ld + r] = from[r * ld + c] for a square as wide as a vector
@@ -364,6 +377,8 @@ const SimdKernels kTable = {
     gram_of_signs,
     tile<float>,
     tile<double>,
+    tile_listed<float>,
+    tile_listed<double>,
     pack<float>,
     pack<double>,
     attend<float>,

@@ -1,8 +1,8 @@
 """Convolution of any kind: bilinear, so k folds into the batch for tangents of the input.
 
 Supplied tangents of the weight take one library call each, and so do sampled ones of transposed and grouped convolutions, which
-are drawn one at a time and dropped again. Other sampled ones are the compiled operator's: all k share the unfolded input, of which
-as little is ever there as of the tangents.
+are drawn one at a time and dropped again. Other sampled ones are the compiled operator's: all k share the unfolded input, of
+which as little is ever there as of the tangents.
 """
 
 from __future__ import annotations

@@ -8,15 +8,14 @@ Flügel et al., arXiv 2410.17764, section 4.4.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import ops
 from ._checks import flat, warn
@@ -27,39 +26,20 @@ from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
 from .layers import Group
 from .local import local_gradient
+from .rerun import Call, Finished, local_gradients, snapshot
+from .segments import Segment, Trace, batch_axis, blocks, grams, joined, sample_grams, side_by_side
 from .share import ALONE, Share
+from .stopping import stopping_at_no_grad
 from .tangents import Distribution, LowRank, Piece, StandardBasis, Supplied, TangentSet
-from .weight import Inputs, Step, check_parameters, copied_buffers
+from .weight import Inputs, Step, check_parameters, copied_buffers, forget_duals
 
-Perturb = Callable[["Segment", Tensor], Tensor]
-
+Perturb = Callable[[Segment, Tensor], Tensor]
 
 #: elements of an input's tangents
 _WORTH_A_COPY = 1 << 20
-#: elements of tangents whose Gram matrices are computed at a time
-_GRAM_BLOCK = 1 << 17
 #: elements up to which the tangents of all layers are drawn in one call. A layer's part of more than one tangent is not
 #: contiguous, and operators copy it: for few elements less work than calls and Gram matrices layer by layer.
 _DRAWN_AT_ONCE = 1 << 20
-
-
-class _EverythingSeen(BaseException):
-    """Ends a pass early; no error, so that no model catches it."""
-
-
-@dataclass(eq=False)
-class Segment:
-    """One perturbed output of one call of a layer."""
-
-    group: Group
-    piece: Piece  # shape: of a sample where tangents are shared, of the whole batch where they are not
-    batch: int
-    input: Tensor | None  # (B, *, in) for layers whose gradient is taken directly
-    version: int
-    tangents: list[Tensor]  # base tangents of each chunk, (count, *piece.shape); none where they are replayed
-    dtype: torch.dtype = torch.float32  # of the tangents
-    grams: Tensor | None = None  # (B, k, k) of replayed tangents, where they were wanted as they were drawn
-    block: Tensor | None = None  # tangents of all segments, (k, n), where these are a part of it
 
 
 class ActivityPerturbation:
@@ -71,12 +51,11 @@ class ActivityPerturbation:
         self.model, self.groups, self.shared, self.per_sample = model, groups, shared, per_sample
         own = {id(p) for group in groups for p in group.parameters}
         self.parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if id(p) in own}
-        self._names = {id(p): name for name, p in self.parameters.items()}
         check_parameters(model, self.parameters)
-        self.segments: list[Segment] = []
         self._pieces: list[Piece] = []
         self._warned = False
         self._draws_numbers = False  # seen where a layer last ran a second time
+        self._repeats_passes = any(len(group.members) > 1 for group in groups)
         self._losses_per_sample = per_sample  # in the step before
 
     @property
@@ -91,16 +70,18 @@ class ActivityPerturbation:
             )
         if not isinstance(distribution, (StandardBasis, Supplied)):
             return TangentSet(distribution, k, seed, step, self.device)
-        self._measure(inputs)
-        pieces = [s.piece for s in self.segments]
+        pieces = [s.piece for s in self._measured(inputs)]
         if isinstance(distribution, Supplied) and len({p.name for p in pieces}) < len(pieces):
             raise ValueError("tangents: supplied tangents cannot serve a layer that is called more than once in a forward pass")
         return TangentSet(distribution, k, seed, step, self.device, sum(p.numel for p in pieces), pieces)
 
-    def _measure(self, inputs: Inputs) -> None:
+    def _measured(self, inputs: Inputs) -> list[Segment]:
         """A plain pass without tangents: which layers are called, and the shapes of their outputs."""
-        with torch.no_grad(), RandomNumbers(self.parameters.values()).replayed(), self._hooked(lambda segment, y: y):
-            functional_call(self.model, copied_buffers(self.model), *inputs)
+        trace, numbers = Trace(), RandomNumbers(self.parameters.values(), self.model.modules())
+        with torch.no_grad(), numbers.replayed(), self._hooked(trace, lambda segment, y: y):
+            args, kwargs = snapshot(inputs)
+            functional_call(self.model, copied_buffers(self.model), args, kwargs)
+        return trace.segments
 
     def derivatives(
         self,
@@ -123,17 +104,18 @@ class ActivityPerturbation:
         wants_gram = tangents.distribution.mixed or (isinstance(aggregate, Aggregate) and aggregate.needs_gram)
         wants_gram = wants_gram and size == k and self._losses_per_sample and not self.shared
         loss = value = torch.empty(0)
-        self._numbers = RandomNumbers(self.parameters.values())
+        trace = self.beginning(step.inputs, len(starts))
         for first in starts:
             if first > begin:
-                self._numbers.rewind()
+                assert trace.numbers is not None
+                trace.numbers.rewind()
             chunk = range(first, min(first + size, end))
             block = self._drawn_ahead(step) if len(chunk) == k else None
-            value, moved = self._pass(step, chunk, first == starts[-1], wants_gram, block)
+            value, moved = self._pass(trace, step, chunk, first == starts[-1], wants_gram, block)
             loss = value.mean()
-            kept.append([s.tangents for s in self.segments])
+            kept.append([s.tangents for s in trace.segments])
             columns.append(moved)
-        for segment, *parts in zip(self.segments, *kept, strict=True):
+        for segment, *parts in zip(trace.segments, *kept, strict=True):
             if not segment.tangents:
                 continue
             others = [(0, begin), (end, k - end)]  # propagated by others, and needed here for the estimate
@@ -141,9 +123,18 @@ class ActivityPerturbation:
             segment.tangents = [*before, *(v for part in parts for v in part), *after]
         kept.clear()  # so that what is joined later is freed piece by piece
         parts = before = after = []
-        self._warn_of_layers_not_called()
+        self._warn_of_layers_not_called(trace)
         moved = share.gather(columns[0] if len(columns) == 1 else torch.cat(columns), loss, k)
-        return self.finish(tangents, aggregate, loss, value.dim() == 1, moved, correct_length, share)
+        return self.finish(trace, tangents, aggregate, loss, value.dim() == 1, moved, correct_length, share)
+
+    def beginning(self, inputs: Inputs, passes: int = 1) -> Trace:
+        """An empty trace, with what is needed where the pass is repeated."""
+        trace = Trace()
+        if passes > 1 or self._repeats_passes:
+            trace.numbers = RandomNumbers(self.parameters.values(), self.model.modules())
+        if self._repeats_passes:
+            trace.buffers, trace.inputs = copied_buffers(self.model), snapshot(inputs)
+        return trace
 
     def _drawn_ahead(self, step: Step) -> Tensor | None:
         """Shared tangents of all layers in one call, (k, n), where an earlier pass tells that they are few together; that they
@@ -158,9 +149,9 @@ class ActivityPerturbation:
         return tangents.draw(everything, step.tangent_dtype or next(iter(self.parameters.values())).dtype)
 
     def _pass(
-        self, step: Step, chunk: range, moves_buffers: bool, wants_gram: bool = False, block: Tensor | None = None
+        self, trace: Trace, step: Step, chunk: range, moves_buffers: bool, wants_gram: bool = False, block: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Loss and derivatives of one forward pass, as :func:`read_loss` gives them. Fills ``segments``."""
+        """Loss and derivatives of one forward pass, as :func:`read_loss` gives them. Fills ``trace``."""
         tangents = step.tangents
 
         def perturb(segment: Segment, y: Tensor) -> Tensor:
@@ -175,30 +166,32 @@ class ActivityPerturbation:
             if self.shared or tangents.stored is not None or segment.dtype not in (torch.float32, torch.float64):
                 segment.tangents.append(v)
             elif wants_gram:
-                segment.grams = torch.cat([_grams(v[:, rows]) for rows in _blocks(segment, len(v))])
+                segment.grams = torch.cat([grams(v[:, rows]) for rows in blocks(segment, len(v))])
             return perturbed(y, v)
 
-        with torch.no_grad(), self._hooked(perturb):
-            inputs = step.inputs
-            output = (
-                self.model(*inputs[0], **inputs[1])
-                if moves_buffers
-                else functional_call(self.model, copied_buffers(self.model), *inputs)
-            )
-            return read_loss(step.loss_fn(output, step.target))
+        with torch.no_grad(), stopping_at_no_grad(), self._hooked(trace, perturb):
+            if moves_buffers:  # the last pass; the others leave buffers, inputs and target as they were
+                output, target = self.model(*step.inputs[0], **step.inputs[1]), step.target
+            else:
+                (args, kwargs), target = snapshot((step.inputs, step.target))
+                output = functional_call(self.model, copied_buffers(self.model), args, kwargs)
+            passed = read_loss(step.loss_fn(output, target))
+        forget_duals(self.model)
+        return passed
 
     def probe(self, step: Step, chunk: range) -> int:
-        """A pass that leaves no trace but ``segments``. Returns the bytes of tangents, for each, that a step keeps after its
-        pass."""
-        self._pass(step, chunk, False)
-        return sum(v.nbytes for s in self.segments for v in s.tangents) // len(chunk)
+        """A pass without consequences. Returns the bytes of tangents, for each, that a step keeps after its pass; what it keeps
+        lives as long as the next probe."""
+        self._probed = Trace()
+        self._pass(self._probed, step, chunk, False)
+        return sum(v.nbytes for s in self._probed.segments for v in s.tangents) // len(chunk)
 
-    def _warn_of_layers_not_called(self) -> None:
+    def _warn_of_layers_not_called(self, trace: Trace) -> None:
         """Once: a module may use the weights of an inner one without calling it, as torch.nn.MultiheadAttention does."""
         if self._warned:
             return
         self._warned = True
-        called = {id(s.group) for s in self.segments}
+        called = {id(s.group) for s in trace.segments}
         idle = [g.name for g in self.groups if id(g) not in called]
         if idle:
             warn(
@@ -208,6 +201,7 @@ class ActivityPerturbation:
 
     def finish(
         self,
+        trace: Trace,
         tangents: TangentSet,
         aggregate: Aggregate | Custom,
         loss: Tensor,
@@ -217,84 +211,86 @@ class ActivityPerturbation:
         share: Share = ALONE,
     ) -> Estimate:
         """From base derivatives, (k,) or (k, B), to the estimate."""
+        segments = trace.segments
         per_sample = self._losses_per_sample = self.per_sample and losses_per_sample
         if losses_per_sample and not per_sample:
             base_derivatives = base_derivatives.double().mean(1).to(base_derivatives.dtype)
-        self._scale = 1.0
+        trace.scale = 1.0
         if per_sample:
             batch = base_derivatives.shape[1]
-            self.check_rows(batch)
-            self._scale = 1.0 / (batch * share.shards)
+            self.check_rows(trace, batch)
+            trace.scale = 1.0 / (batch * share.shards)
         loss, averaged = share.average(loss, None if per_sample else base_derivatives)
         base_derivatives = base_derivatives if averaged is None else averaged
-        n = sum(s.piece.numel for s in self.segments)
+        n = sum(s.piece.numel for s in segments)
         if per_sample and not self.shared:
-            n = sum(s.piece.numel // s.batch for s in self.segments)
+            n = sum(s.piece.numel // s.batch for s in segments)
             if not isinstance(aggregate, Aggregate):
                 raise ValueError("aggregate: a custom aggregation needs shared_across_batch=True or per_sample=False")
         elif not per_sample and self.shared:
-            n = sum(s.piece.numel * s.batch * share.shards for s in self.segments)
+            n = sum(s.piece.numel * s.batch * share.shards for s in segments)
 
         def gram() -> Tensor:
-            batches = {s.batch for s in self.segments}
+            batches = {s.batch for s in segments}
             if self.shared and (per_sample or len(batches) == 1):
                 # Under one derivative for the batch: the same vector once for each row
-                return ops.gram(self._side_by_side()) * (1 if per_sample else batches.pop() * share.shards)
+                return ops.gram(side_by_side(segments)) * (1 if per_sample else batches.pop() * share.shards)
             total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for s in self.segments:
+            for s in segments:
                 if per_sample:
-                    total = total + (_sample_grams(tangents, s) if s.grams is None else s.grams)
+                    total = total + (sample_grams(tangents, s) if s.grams is None else s.grams)
                 elif not s.tangents:
                     total = total + tangents.gram(s.piece)
                 else:
-                    total = total + ops.gram(flat(_joined(s))) * (s.batch * share.shards if self.shared else 1)
+                    total = total + ops.gram(flat(joined(s))) * (s.batch * share.shards if self.shared else 1)
             return total.expand(batch, *total.shape[1:]) if total.dim() == 3 else total
 
         def stored() -> Tensor:
             rows = []
-            for s in self.segments:
-                v = flat(_joined(s) if s.tangents else tangents.draw(s.piece, s.dtype))
+            for s in segments:
+                v = flat(joined(s) if s.tangents else tangents.draw(s.piece, s.dtype))
                 rows.append(v.repeat(1, s.batch) if self.shared and not per_sample else v)
             return torch.cat(rows, 1)
 
-        return solve(tangents, aggregate, loss, base_derivatives, gram, stored, n, correct_length)
+        estimate = solve(tangents, aggregate, loss, base_derivatives, gram, stored, n, correct_length)
+        estimate.trace = trace
+        return estimate
 
-    def _side_by_side(self) -> Tensor:
-        """Base tangents of all segments: (k, n)."""
-        block = self.segments[0].block
-        if block is not None and all(s.block is block for s in self.segments):
-            if sum(s.piece.numel for s in self.segments) == block.shape[1]:
-                return block
-        return torch.cat([flat(_joined(s)) for s in self.segments], 1)
-
-    def check_rows(self, batch: int) -> None:
+    def check_rows(self, trace: Trace, batch: int) -> None:
         """With a loss for each sample, outputs have a row for each, or a single one that all samples share, as the embedding of
         positions has."""
-        for s in self.segments:
+        for s in trace.segments:
             if s.batch not in (1, batch):
                 raise ValueError(
                     f"layers: the output of {s.piece.name} has {s.batch} rows, but there are {batch} losses; per-sample "
-                    "derivatives need one row per sample, or per_sample=False"
+                    "derivatives need one row per sample, or a single one that all samples share (unsqueeze(0)), or "
+                    "per_sample=False"
                 )
 
     def gradients(self, tangents: TangentSet, estimate: Estimate, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         """Layer-local gradients of the parameters from the estimated gradients of the activities."""
+        trace = estimate.trace
+        assert trace is not None
         self._cache: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        names = {id(p): name for name, p in self.parameters.items()}
         found: dict[str, Tensor] = {}
-        replayed: list[tuple[Segment, Tensor]] = []
+        again: list[tuple[int, Tensor]] = []
         start = 0
-        for segment in self.segments:
+
+        def add(p: Tensor, g: Tensor) -> None:
+            name = names[id(p)]
+            found[name] = found[name] + g if name in found else g
+
+        for i, segment in enumerate(trace.segments):
             width = segment.piece.numel * (segment.batch if self.shared and estimate.directional_derivatives.dim() == 1 else 1)
             if segment.input is None:
-                replayed.append((segment, self._activity_gradient(tangents, segment, estimate, start, width)))
+                again.append((i, self._activity_gradient(tangents, segment, estimate, start, width)))
             else:
                 for p, g in self._direct(tangents, segment, segment.input, estimate, start, width):
-                    name = self._names[id(p)]
-                    found[name] = found[name] + g if name in found else g
+                    add(p, g)
             start += width
-        if replayed:
-            for name, g in self._recorded(replayed, inputs):
-                found[name] = found[name] + g if name in found else g
+        for p, g in self._recorded(trace, again) if again else ():
+            add(p, g)
         yield from found.items()
 
     def _direct(
@@ -308,7 +304,7 @@ class ActivityPerturbation:
                 "cannot be computed"
             )
         if self.shared and estimate.custom is None and tangents.k < segment.batch:
-            return local_gradient(layer, rule, x, _joined(segment), *self._weights(segment, estimate, x.dtype))
+            return local_gradient(layer, rule, x, joined(segment), *self._weights(segment, estimate, x.dtype))
         return local_gradient(layer, rule, x, self._activity_gradient(tangents, segment, estimate, start, width))
 
     def _weights(self, segment: Segment, estimate: Estimate, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -320,7 +316,7 @@ class ActivityPerturbation:
             if c.dim() == 1:
                 c = c.unsqueeze(1).expand(-1, segment.batch)
             else:
-                c = c * self._scale
+                c = c * estimate.trace.scale
                 if segment.batch == 1:  # one row for all samples: their gradients add up
                     c = c.sum(1, keepdim=True)
             c = c.to(dtype)
@@ -334,7 +330,7 @@ class ActivityPerturbation:
             part = estimate.custom[..., start : start + width]
             if part.dim() == 2 and segment.batch == 1:
                 part = part.sum(0)
-            return (part * self._scale).reshape(shape)
+            return (part * estimate.trace.scale).reshape(shape)
         if not segment.tangents:
             c = estimate.base_coefficients
             assert c is not None
@@ -342,7 +338,7 @@ class ActivityPerturbation:
                 return tangents.combine(segment.piece, c, segment.dtype)
             weights, _ = self._weights(segment, estimate, torch.float64)
             return tangents.combine_samples(segment.piece, weights, segment.dtype)
-        v = _joined(segment)
+        v = joined(segment)
         wide = torch.promote_types(v.dtype, torch.float32)
         weights, _ = self._weights(segment, estimate, wide)
         if self.shared:  # few
@@ -352,115 +348,153 @@ class ActivityPerturbation:
         gradient = torch.einsum("kb,kbm->bm", (weights / largest).to(v.dtype), flat(v, 2))
         return gradient.to(wide).mul_(largest.unsqueeze(1)).view(shape)
 
-    def _recorded(self, wanted: list[tuple[Segment, Tensor]], inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
-        """Layer-local gradients of arbitrary layers: the plain pass again, autograd on, cut at each layer's output."""
+    def _recorded(self, trace: Trace, wanted: list[tuple[int, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Local gradients of the layers of some segments, by number, that have no closed form."""
+        segments = trace.segments
+        if deferring() and self._draws_numbers:
+            names = ", ".join(dict.fromkeys(segments[i].group.name for i, _ in wanted))
+            raise NotImplementedError(
+                f"cuda_graph: {names} have no closed-form gradient and run a second time, but draw random numbers (dropout), "
+                "which a graph cannot repeat; use cuda_graph=False"
+            )
+        calls: dict[Call, list[Tensor]] = {}
+        others: dict[int, Tensor] = {}
+        for i, g in wanted:
+            call = segments[i].call
+            if call is None:
+                others[i] = g
+            else:
+                calls.setdefault(call, []).append(g)
+        draws = []
+        for call, gradients in calls.items():
+            outputs = self._again(call)
+            found = local_gradients(outputs, gradients, call.group.parameters)
+            yield from ((p, g) for p, g in zip(call.group.parameters, found, strict=True) if g is not None)
+            draws.append(call.draws_numbers)
+        if others:
+            outputs = self._pass_again(trace, list(others))
+            parameters = list({id(p): p for i in others for p in segments[i].group.parameters}.values())
+            found = local_gradients(outputs, list(others.values()), parameters)
+            yield from ((p, g) for p, g in zip(parameters, found, strict=True) if g is not None)
+            draws.append(trace.numbers is not None and trace.numbers.moved)
+        if not deferring():
+            self._draws_numbers = any(draws)
+
+    def _again(self, call: Call) -> list[Tensor]:
+        """Outputs of one layer, recorded; those of perturbed layers within it are cut off."""
         outputs: list[Tensor] = []
-        gradients = [g for _, g in wanted]
-        order = {id(s.group): None for s, _ in wanted}
 
         def cut(segment: Segment, y: Tensor) -> Tensor:
-            if id(segment.group) in order:
+            if segment.group is not call.group:
+                return y.detach()
+            outputs.append(y)
+            return y
+
+        def end() -> None:
+            raise Finished
+
+        with self._hooked(Trace(), cut, at_end=(call.group, end)):
+            call.again(call.group.name)
+        return outputs
+
+    def _pass_again(self, trace: Trace, wanted: list[int]) -> list[Tensor]:
+        """Outputs of some segments in the plain pass again, recorded, each cut off from what follows."""
+        outputs: list[Tensor] = []
+        again = Trace()
+
+        def cut(segment: Segment, y: Tensor) -> Tensor:
+            if len(again.segments) - 1 in wanted:
                 outputs.append(y)
-                if len(outputs) == len(gradients):
-                    raise _EverythingSeen
+                if len(outputs) == len(wanted):
+                    raise Finished
             return y.detach()
 
-        parameters = {id(p): p for s, _ in wanted for p in s.group.parameters}
-        segments = self.segments
-        if deferring() and self._draws_numbers:
-            names = ", ".join(dict.fromkeys(s.group.name for s, _ in wanted))
-            raise NotImplementedError(
-                f"cuda_graph: {names} have no closed-form gradient and run a second time, but the model draws random numbers "
-                "(dropout), which a graph cannot repeat; use cuda_graph=False"
-            )
-        with torch.enable_grad(), self._numbers.replayed(), self._hooked(cut), suppress(_EverythingSeen):
-            functional_call(self.model, copied_buffers(self.model), *inputs)
-        self.segments = segments
-        if not deferring():
-            self._draws_numbers = self._numbers.moved
-        pairs = [(y, g.to(y.dtype)) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
-        if not pairs:
-            return
-        grads = torch.autograd.grad([y for y, _ in pairs], list(parameters.values()), [g for _, g in pairs], allow_unused=True)
-        for p, g in zip(parameters.values(), grads, strict=True):
-            if g is not None:
-                yield self._names[id(p)], g
+        assert trace.numbers is not None and trace.buffers is not None
+        with torch.enable_grad(), trace.numbers.replayed(), self._hooked(again, cut), suppress(Finished):
+            args, kwargs = snapshot(trace.inputs)
+            functional_call(self.model, {name: b.clone() for name, b in trace.buffers.items()}, args, kwargs)
+        return outputs
 
     @contextmanager
-    def _hooked(self, perturb: Perturb) -> Iterator[None]:
-        """Passes each output of a perturbed layer through ``perturb``; fills ``segments`` in the order of the calls."""
-        self.segments = []
-        self._offset = 0
-        handles = [
-            g.output.register_forward_hook(lambda m, args, out, g=g: self._visit(g, args, out, perturb)) for g in self.groups
-        ]
+    def _hooked(self, trace: Trace, perturb: Perturb, at_end: tuple[Group, Callable[[], None]] | None = None) -> Iterator[None]:
+        """Passes each output of a perturbed layer through ``perturb``; fills ``trace`` in the order of the calls. ``at_end``: a
+        layer, and what is called once it has run."""
+        trace.segments, trace.offset = [], 0
+        calls: list[Call] = []
+        handles = []
+
+        def hook(group: Group) -> None:
+            # The first hook of all: what the layer itself returns is perturbed, whatever others make of it
+            rule = group.closed_form()
+            if rule is None and len(group.members) == 1:
+
+                def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                    calls.append(Call(group, args, kwargs))
+
+                handles.append(group.output.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+
+            def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                call = calls.pop() if rule is None and len(group.members) == 1 else None
+                output = self._visit(trace, group, call, args[0] if args else kwargs.get("input"), output, perturb)
+                if at_end is not None and at_end[0] is group:
+                    at_end[1]()
+                return output
+
+            handles.append(group.output.register_forward_hook(after, prepend=True, with_kwargs=True))
+
         try:
+            for group in self.groups:
+                hook(group)
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _visit(self, group: Group, args: tuple[Any, ...], output: Any, perturb: Perturb) -> Any:
-        several = isinstance(output, (tuple, list))
-        y = output[0] if several else output
-        value = primal_of(y)  # asking a DualTensor for its shape goes through __torch_function__
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:
-            what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    def _visit(self, trace: Trace, group: Group, call: Call | None, x: Any, output: Any, perturb: Perturb) -> Any:
+        several = not isinstance(output, Tensor)
+        leaves, spec = tree_flatten(output) if several else ([output], None)
+        seen = 0
+        for i, leaf in enumerate(leaves):
+            value = primal_of(leaf)  # asking a DualTensor for its shape goes through __torch_function__
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+                axis = batch_axis(group.output, value, seen)
+                y = leaf.movedim(axis, 0) if axis else leaf
+                y = self._perturbed(trace, group, call, f"{group.name}[{seen}]" if seen else group.name, x, y, perturb)
+                leaves[i] = y.movedim(0, axis) if axis else y
+                seen += 1
+        if not seen:
+            what = (
+                f"{tuple(value.shape)} {value.dtype}"
+                if isinstance(value := primal_of(output), Tensor)
+                else type(output).__name__
+            )
             raise TypeError(f"layers: the output of {group.name} is {what}; expected a real floating point tensor (B, *)")
+        return tree_unflatten(leaves, spec) if spec is not None else leaves[0]
+
+    def _perturbed(
+        self, trace: Trace, group: Group, call: Call | None, name: str, given: Any, y: Tensor, perturb: Perturb
+    ) -> Tensor:
+        value = primal_of(y)
         shape = value.shape
-        piece = self._piece(group.name, shape[1:] if self.shared else shape)
-        x = primal_of(args[0]) if group.rule is not None and args else None
-        if x is not None and x.dim() != value.dim():
-            x = None
-        version = x._version if x is not None else 0
-        # A fused operator leaves a value and its tangents in one block of memory, which the value alone would keep alive
-        # until the gradients are formed; of many tangents, a copy of the value is far less.
-        if x is not None and isinstance(args[0], DualTensor) and args[0].k * x.numel() >= _WORTH_A_COPY:
-            x = x.clone()
+        piece = self._piece(trace, name, shape[1:] if self.shared else shape)
+        x = primal_of(given) if call is None and len(group.members) == 1 else None
+        version = 0
+        if x is not None:
+            # A fused operator leaves a value and its tangents in one block of memory, which the value alone would keep alive
+            # until the gradients are formed; of many tangents, a copy of the value is far less.
+            if x.is_inference() or (isinstance(given, DualTensor) and given.k * x.numel() >= _WORTH_A_COPY):
+                x = x.clone()
             version = x._version
-        segment = Segment(group, piece, shape[0], x, version, [])
-        self.segments.append(segment)
-        y = perturb(segment, y)
-        return type(output)((y, *output[1:])) if several else y
+        segment = Segment(group, piece, shape[0], x, version, [], call=call)
+        trace.segments.append(segment)
+        return perturb(segment, y)
 
-    def _piece(self, name: str, shape: tuple[int, ...]) -> Piece:
+    def _piece(self, trace: Trace, name: str, shape: tuple[int, ...]) -> Piece:
         """The next piece of the tangent vector. That of the pass before serves again where it is the same."""
-        at = len(self.segments)
+        at = len(trace.segments)
         known = self._pieces[at] if at < len(self._pieces) else None
-        if known is None or known.offset != self._offset or known.shape != shape or known.name != name:
-            known = Piece(name, tuple(shape), self._offset)
+        if known is None or known.offset != trace.offset or known.shape != shape or known.name != name:
+            known = Piece(name, tuple(shape), trace.offset)
             self._pieces[at:] = [known]
-        self._offset += known.numel
+        trace.offset += known.numel
         return known
-
-
-def _joined(segment: Segment) -> Tensor:
-    """Base tangents of all chunks: (k, *piece.shape)."""
-    if len(segment.tangents) > 1:
-        segment.tangents = [torch.cat(segment.tangents)]
-    return segment.tangents[0]
-
-
-def _blocks(segment: Segment, k: int) -> Iterator[slice]:
-    """Samples whose k tangents fill a cache."""
-    size = max(1, _GRAM_BLOCK // max(1, k * math.prod(segment.piece.shape[1:])))
-    return (slice(b, min(b + size, segment.batch)) for b in range(0, max(1, segment.batch), size))
-
-
-def _grams(v: Tensor) -> Tensor:
-    """Gram matrices, float64 (B, k, k), of the samples of v (k, B, *m): a part of a larger tensor or not, the same bits."""
-    rows = flat(v, 2).transpose(0, 1).to(torch.float64, memory_format=torch.contiguous_format).contiguous()
-    return rows @ rows.mT
-
-
-def _sample_grams(tangents: TangentSet, segment: Segment) -> Tensor:
-    """Those of a whole segment; block by block as they are made of tangents that were just drawn, for the same bits."""
-    shape = segment.piece.shape[1:]
-
-    def of(rows: slice) -> Tensor:
-        if segment.tangents:
-            return _joined(segment)[:, rows]
-        part = Piece(segment.piece.name, (rows.stop - rows.start, *shape), segment.piece.offset + rows.start * math.prod(shape))
-        return tangents.draw(part, segment.dtype)
-
-    return torch.cat([_grams(of(rows)) for rows in _blocks(segment, tangents.k)])

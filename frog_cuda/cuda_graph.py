@@ -122,7 +122,7 @@ class Captured:
                 self.gradients[name].add_(torch.where(sound, gradient, 0))
             self.loss.copy_(estimate.loss)
             self.passed[: len(conditions)].copy_(passed)
-        self.conditions, self.estimate = conditions, estimate
+        self.conditions, self.estimate, self._trace = conditions, estimate, estimate.trace
 
     def __call__(self, leaves: list[Any]) -> Tensor:
         owner = self._owner
@@ -148,6 +148,7 @@ class Captured:
                     owner._method.parameters[name].grad = grad
                 raise condition.error()
         self._next = owner.seed, owner.step + 1
+        self.estimate.trace = self._trace
         owner._took(self.tangents, self.inputs, self.estimate)
         return self.loss.clone()
 

@@ -117,6 +117,8 @@ class DualTensor(torch.Tensor):
     _primal: Tensor
     _tangents: Tensor | None = None
     _activity: Tensor | None = None
+    # whether lookups of an embedding's padding have no derivative, as in backprop but not in PyTorch's forward mode
+    stops_padding: bool = False
     # why tangents are not the memory that a view's base sees, so that an in-place operation must be refused
     _readonly: str | None = None
 
@@ -233,6 +235,8 @@ class DualTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if stopping.stopped():
+            return stopping.on_values(func, args, kwargs or {})
         body = FUNCTION_RULES.get(func)
         if body is not None:
             # Nothing is recorded for backward, whatever a plain argument requires
@@ -370,7 +374,7 @@ def called_from() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if isinstance(owner, torch.nn.Module):
+        if isinstance(owner, torch.nn.Module) and not getattr(owner, "_wraps_users_model", False):
             modules.append(owner)
         frame = frame.f_back  # type: ignore[assignment]
     if not modules:
@@ -433,4 +437,4 @@ def perturbed(t: Tensor, v: Tensor) -> DualTensor:
 
 
 # The rules register themselves with the tables above and need the names of this module, hence the place.
-from . import rules  # noqa: E402
+from . import rules, stopping  # noqa: E402

@@ -42,6 +42,8 @@ class Estimate:
     _rank: Tensor | None = field(repr=False)
     #: what the derivatives were computed in
     _dtype: torch.dtype = field(repr=False)
+    #: what the passes left behind for the gradients of layers, under activity perturbation
+    trace: Any = field(default=None, repr=False)
     #: the estimate itself by parameter name, where it is remembered; nothing may write into it
     computed: dict[str, Tensor] | None = field(default=None, repr=False)
 

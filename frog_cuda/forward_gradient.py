@@ -25,6 +25,7 @@ from .guides import Memory
 from .layers import activity_groups, select
 from .sgd import Sgd
 from .share import ALONE, Share
+from .surroundings import Structure, surroundings
 from .tangents import Piece, TangentSet
 from .weight import Inputs, Step, WeightPerturbation, inputs_of
 
@@ -137,6 +138,7 @@ class ForwardGradient:
             self._method = ActivityPerturbation(model, activity_groups(model, layers), shared_across_batch, per_sample)
         else:
             raise ValueError(f"perturb is {perturb!r}; accepted are 'activity' and 'weight'")
+        self._structure = Structure(model)
         self._tangents: TangentSet | None = None
         self._inputs: Inputs = ((), {})
         self._graphs: graphs.GraphedSteps | None = None
@@ -168,12 +170,20 @@ class ForwardGradient:
     def derivatives(self, input: Any, target: Any) -> Tensor:
         """The forward pass alone: fills ``last`` and counts the step, but touches no ``.grad``. Same arguments and errors as a
         call; :meth:`accumulate_` or :meth:`update_` go on from there."""
+        self._took(*self._propagate(input, target))
+        assert self.last is not None
+        return self.last.loss
+
+    def _propagate(self, input: Any, target: Any, share: Share = ALONE) -> tuple[TangentSet, Inputs, Estimate]:
+        """The forward passes of the present step along all tangents, or a process's share of them."""
         inputs = inputs_of(input)
         check_step(self.step)
-        tangents = self.tangent_set(inputs)
-        estimate = self._estimate(tangents, inputs, target)
-        self._took(tangents, inputs, estimate)
-        return estimate.loss
+        self._structure.check()
+        if self.last is not None:
+            self.last.trace = None  # before new ones take their memory
+        with surroundings(self.model, self._method.device):
+            tangents = self.tangent_set(inputs)
+            return tangents, inputs, self._estimate(tangents, inputs, target, share)
 
     def _estimate(self, tangents: TangentSet, inputs: Inputs, target: Any, share: Share = ALONE) -> Estimate:
         """The forward passes along ``tangents``, and the projection; changes nothing of this object's but the chosen chunk."""
@@ -211,8 +221,10 @@ class ForwardGradient:
 
     def _gradients_of(self, tangents: TangentSet, estimate: Estimate, inputs: Inputs) -> dict[str, Tensor]:
         """What :meth:`gradients` returns, of an estimate that was just made."""
-        with torch.no_grad():
+        with torch.no_grad(), surroundings(self.model, self._method.device):
             if isinstance(self._method, ActivityPerturbation):
+                if estimate.trace is None:
+                    raise RuntimeError("gradients: the call after the latest estimate failed; what it was made of is gone")
                 return dict(self._method.gradients(tangents, estimate, inputs))
             return dict(self._method.gradients(tangents, estimate))
 
@@ -222,8 +234,11 @@ class ForwardGradient:
 
     @torch.no_grad()
     def _add_to_grad(self, gradients: dict[str, Tensor]) -> None:
-        for name, g in gradients.items():
-            p = self._method.parameters[name]
+        parameters = self._method.parameters
+        # Before any is assigned: a gradient of another dtype would be refused halfway
+        fitting = {name: g.to(parameters[name].dtype) for name, g in gradients.items()}
+        for name, g in fitting.items():
+            p = parameters[name]
             p.grad = g if p.grad is None else p.grad.add_(g)
 
     def update_(
@@ -257,6 +272,13 @@ class ForwardGradient:
         if self.last is None or self._tangents is None:
             raise RuntimeError(f"{what}: no gradient was estimated yet; call the object with input and target first")
         return self.last, self._tangents
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which have no latest estimate: model, options and step."""
+        state = self.__dict__ | {"last": None, "_tangents": None, "_inputs": ((), {})}
+        if self._graphs is not None:
+            state["_graphs"] = graphs.GraphedSteps(self)
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         """Seed and step, the estimates that ``tangents.Guided(previous)`` remembers, and the momentum that :meth:`update_` has

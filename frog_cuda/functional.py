@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -130,13 +132,14 @@ def _checked_k(flat: list[Any], directions: list[Tensor | None]) -> int:
 def _leaf(primal: Any, tangent: Tensor | None, chunk: slice, last: bool) -> Any:
     if not isinstance(primal, Tensor):
         return primal
-    value = primal.detach() if last else _copy_if_written(primal.detach())
+    value = primal.detach() if last else copy_if_written(primal.detach())
     if tangent is None:
         return value
-    return DualTensor(value, _copy_if_written(tangent.detach()[chunk]))
+    return DualTensor(value, copy_if_written(tangent.detach()[chunk]))
 
 
-def _copy_if_written(tensor: Tensor) -> Tensor:
+def copy_if_written(tensor: Tensor) -> Tensor:
+    """The same values, copied once somebody writes into either."""
     try:
         return torch._lazy_clone(tensor)
     except RuntimeError:  # memory that PyTorch did not allocate itself, such as numpy's, can only be copied at once
@@ -158,28 +161,41 @@ def _split(outs: list[Any], k: int) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class RandomNumbers:
-    """Remembers where the random number generators of the CPU and of the tensors' GPUs stand.
+    """Remembers where the random number generators stand: PyTorch's of the CPU and of the tensors' GPUs, those that modules
+    keep in attributes, Python's and numpy's.
 
     Attributes:
-        moved: whether numbers had been drawn when they were last to be replayed.
+        moved: whether PyTorch's drew numbers when they were last replayed.
     """
 
     moved = False
 
-    def __init__(self, leaves: Iterable[Any]) -> None:
+    def __init__(self, leaves: Iterable[Any], modules: Iterable[nn.Module] = ()) -> None:
         self._generators: list[torch.Generator] = []
-        self._states: list[Tensor] | None = None
+        self._states: tuple[list[Tensor], list[Any]] | None = None
         if deferring():  # inside a CUDA graph no state can be read; whoever captures has seen that no numbers are drawn
             return
         devices = {leaf.device.index for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
-        self._generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices)]
-        self._states = [g.get_state() for g in self._generators]
+        own = [value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator)]
+        self._generators = [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices), *own]
+        self._states = self._read()
+
+    def _read(self) -> tuple[list[Tensor], list[Any]]:
+        numpy = sys.modules.get("numpy")
+        others = [random.getstate(), *([] if numpy is None else [numpy.random.get_state()])]
+        return [g.get_state() for g in self._generators], others
+
+    def _set(self, states: tuple[list[Tensor], list[Any]]) -> None:
+        for generator, state in zip(self._generators, states[0], strict=True):
+            generator.set_state(state)
+        random.setstate(states[1][0])
+        for state in states[1][1:]:
+            sys.modules["numpy"].random.set_state(state)
 
     def rewind(self) -> None:
         """Puts them back, so that the next pass draws what the first one drew."""
         assert self._states is not None
-        for generator, state in zip(self._generators, self._states, strict=True):
-            generator.set_state(state)
+        self._set(self._states)
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -187,11 +203,11 @@ class RandomNumbers:
         if self._states is None:
             yield
             return
-        later = [g.get_state() for g in self._generators]
-        self.moved = any(not torch.equal(a, b) for a, b in zip(self._states, later, strict=True))
+        later = self._read()
         self.rewind()
         try:
             yield
         finally:
-            for generator, state in zip(self._generators, later, strict=True):
-                generator.set_state(state)
+            reached = [g.get_state() for g in self._generators]
+            self.moved = any(not torch.equal(a, b) for a, b in zip(self._states[0], reached, strict=True))
+            self._set(later)

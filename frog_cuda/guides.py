@@ -22,11 +22,16 @@ from ._checks import is_real
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of the global tangent vector: one parameter, or the output of one layer."""
+    """A stretch of the global tangent vector: one parameter, or the output of one layer.
+
+    Attributes:
+        fixed_row: a row that has no gradient, as the padding of an embedding has none.
+    """
 
     name: str
     shape: tuple[int, ...]
     offset: int
+    fixed_row: int | None = None
 
     @property
     def numel(self) -> int:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ._checks import warn
 from .local import LocalRule, local_rule
+
+#: parameters of the layers that have rules
+_OWN = {"weight", "bias"}
 
 Named = tuple[str, nn.Module | nn.Parameter]
 
@@ -37,8 +41,14 @@ class Group:
         for _, member in self.members:
             own = [p for p in parameters_of(member) if p.requires_grad]
             self.parameters += [p for p in own if not any(p is q for q in self.parameters)]
-        #: how a single layer gets its gradient without a second pass; None where that is not known
+        #: how a layer of this type gets its gradient without a second pass; None where that is not known
         self.rule: LocalRule | None = local_rule(self.output) if len(self.members) == 1 else None
+
+    def closed_form(self) -> LocalRule | None:
+        """``rule``, unless the layer's weight is made of other parameters, as hooks of pruning and weight norm do."""
+        own = self.output._parameters
+        plain = own.keys() <= _OWN and all(getattr(self.output, name) is p for name, p in own.items())
+        return self.rule if plain else None
 
 
 def select(model: nn.Module, layers: Any) -> list[list[Named]]:
@@ -84,13 +94,15 @@ def select(model: nn.Module, layers: Any) -> list[list[Named]]:
 
 
 def default_layers(model: nn.Module) -> list[list[Named]]:
-    """Every innermost module that owns trainable parameters; :class:`torch.nn.MultiheadAttention` counts as one."""
+    """Every innermost module that owns trainable parameters; :class:`torch.nn.MultiheadAttention` counts as one, and so does a
+    module with parametrizations."""
     found: list[list[Named]] = []
 
     def visit(name: str, module: nn.Module) -> None:
         inner = [(n, m) for n, m in module.named_children() if any(p.requires_grad for p in m.parameters())]
         owned = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
-        if owned and (not inner or isinstance(module, nn.MultiheadAttention)):
+        whole = isinstance(module, nn.MultiheadAttention) or is_parametrized(module)
+        if (owned and not inner) or (inner and whole):
             found.append([(name, module)])
             return
         for n, m in inner:

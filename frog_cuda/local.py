@@ -59,21 +59,23 @@ def local_gradient(
     Returns:
         pairs (parameter, gradient).
     """
-    if g.dtype != x.dtype:
-        g = g.to(x.dtype)
     weight, bias = layer.weight, getattr(layer, "bias", None)
+    wide = x.dtype if weight is None or weight.dtype == x.dtype else torch.promote_types(x.dtype, weight.dtype)
+    x, g = x.to(wide), g.to(wide)
     if weight is not None and weight.requires_grad:
         f = rule.features(layer, x)
         if weights is not None:
+            weights = weights.to(wide)
             f = torch.mm(weights, f) if f.dim() == 2 else (weights @ f.flatten(1)).view(weights.shape[0], *f.shape[1:])
-        yield weight, rule.weight(layer, f, g)
+        yield weight, rule.weight(layer, f, g).to(weight.dtype)
     if bias is not None and bias.requires_grad:
         rows = rule.bias(layer, g)
         if weights is None:
-            yield bias, rows.sum(0)
+            yield bias, rows.sum(0).to(bias.dtype)
         else:
-            totals = weights.sum(1) if totals is None else totals
-            yield bias, torch.mv(rows.T, totals) if rows.dim() == 2 else (totals @ rows.flatten(1)).view(rows.shape[1:])
+            totals = weights.sum(1) if totals is None else totals.to(wide)
+            summed = torch.mv(rows.T, totals) if rows.dim() == 2 else (totals @ rows.flatten(1)).view(rows.shape[1:])
+            yield bias, summed.to(bias.dtype)
 
 
 def _same(layer: nn.Module, x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from .activity import ActivityPerturbation, Segment
 from .estimate import Estimate, solve
 from .forward_gradient import ForwardGradient
 from .functional import RandomNumbers
+from .rerun import snapshot
+from .surroundings import surroundings
 from .tangents import TangentSet
 from .weight import Inputs, WeightPerturbation, copied_buffers, inputs_of
 
@@ -57,16 +59,19 @@ def simulate(fg: ForwardGradient, input: Any, target: Any) -> Simulated:
         :class:`Simulated`.
     """
     inputs, method = inputs_of(input), fg._method
-    with RandomNumbers(method.parameters.values()).replayed():
-        tangents = fg.tangent_set(inputs)
-    with RandomNumbers(method.parameters.values()).replayed():
-        if isinstance(method, WeightPerturbation):
-            return _weight(fg, method, tangents, inputs, target)
-        return _activity(fg, method, tangents, inputs, target)
+    fg._structure.check()
+    with surroundings(fg.model, method.device):
+        with RandomNumbers(method.parameters.values(), fg.model.modules()).replayed():
+            tangents = fg.tangent_set(inputs)
+        with RandomNumbers(method.parameters.values(), fg.model.modules()).replayed():
+            if isinstance(method, WeightPerturbation):
+                return _weight(fg, method, tangents, inputs, target)
+            return _activity(fg, method, tangents, inputs, target)
 
 
 def _loss(fg: ForwardGradient, inputs: Inputs, target: Any) -> Tensor:
-    return fg.loss_fn(functional_call(fg.model, copied_buffers(fg.model), *inputs), target)
+    (args, kwargs), target = snapshot((inputs, target))
+    return fg.loss_fn(functional_call(fg.model, copied_buffers(fg.model), args, kwargs), target)
 
 
 def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSet, inputs: Inputs, target: Any) -> Simulated:
@@ -75,9 +80,10 @@ def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSe
         found = torch.autograd.grad(loss, list(method.parameters.values()), allow_unused=True)
     true = {name: g for name, g in zip(method.parameters, found, strict=True) if g is not None}
     with torch.no_grad():
-        method.used = [p for p in method.pieces if tangents.stored is not None or p.name in true]
+        before = getattr(method, "used", [])
+        used = method.used = [p for p in method.pieces if tangents.stored is not None or p.name in true]
         derivatives = torch.zeros(tangents.k, dtype=torch.float64, device=method.device)
-        for piece in method.used:
+        for piece in used:
             if piece.name in true:
                 v = tangents.draw(piece, torch.float64)
                 derivatives += flat(v) @ true[piece.name].double().flatten()
@@ -86,12 +92,14 @@ def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSe
             fg.aggregate,
             loss.detach(),
             derivatives.to(loss.dtype),
-            lambda: torch.stack([tangents.gram(p) for p in method.used]).sum(0),
-            lambda: torch.cat([flat(tangents.draw(p, method.parameters[p.name].dtype)) for p in method.used], 1),
-            sum(p.numel for p in method.used),
+            lambda: torch.stack([tangents.gram(p) for p in used]).sum(0),
+            lambda: torch.cat([flat(tangents.draw(p, method.parameters[p.name].dtype)) for p in used], 1),
+            sum(p.numel for p in used),
             fg.scaling_correction,
         )
-        return Simulated(loss.detach(), dict(method.gradients(tangents, estimate)), true, estimate)
+        gradients = dict(method.gradients(tangents, estimate))
+        method.used = before  # of the latest call
+        return Simulated(loss.detach(), gradients, true, estimate)
 
 
 def _activity(
@@ -104,17 +112,17 @@ def _activity(
         return y + shifts[-1]
 
     with torch.enable_grad():
-        method._numbers = RandomNumbers(method.parameters.values())
-        with method._hooked(shift):
+        trace = method.beginning(inputs)
+        with method._hooked(trace, shift):
             losses = _loss(fg, inputs, target)
         # Without cross terms between samples, row b of the summed losses' gradient is that of loss b
         per_sample = method.per_sample and losses.dim() == 1
         total = losses.sum() if per_sample else losses.mean()
         common: dict[int, Tensor] = {}
         if per_sample:
-            method.check_rows(losses.numel())
+            method.check_rows(trace, losses.numel())
             # An output whose single row all samples share gets its gradient (B, m) one loss at a time
-            wanted = {i: shifts[i] for i, s in enumerate(method.segments) if s.batch < losses.numel()}
+            wanted = {i: shifts[i] for i, s in enumerate(trace.segments) if s.batch < losses.numel()}
             common = {i: torch.stack(g) for i, g in zip(wanted, _each_loss(losses, list(wanted.values())), strict=True)}
         found = torch.autograd.grad(total, [*shifts, *method.parameters.values()], allow_unused=True)
     activity = [torch.zeros_like(s) if g is None else g for s, g in zip(shifts, found[: len(shifts)], strict=True)]
@@ -122,7 +130,7 @@ def _activity(
     true = {name: g * scale for name, g in zip(method.parameters, found[len(shifts) :], strict=True) if g is not None}
     with torch.no_grad():
         rows: Tensor = torch.zeros((), dtype=losses.dtype)
-        for i, (segment, g) in enumerate(zip(method.segments, activity, strict=True)):
+        for i, (segment, g) in enumerate(zip(trace.segments, activity, strict=True)):
             v = tangents.draw(segment.piece, g.dtype)
             segment.tangents = [v]
             if segment.input is not None:
@@ -132,7 +140,7 @@ def _activity(
             else:
                 each = torch.einsum("kbm,bm->kb", flat(v, 2), flat(g))
             rows = rows + (each if per_sample else each.sum(1))
-        estimate = method.finish(tangents, fg.aggregate, losses.detach().mean(), per_sample, rows, fg.scaling_correction)
+        estimate = method.finish(trace, tangents, fg.aggregate, losses.detach().mean(), per_sample, rows, fg.scaling_correction)
         gradients = dict(method.gradients(tangents, estimate, inputs))
     return Simulated(losses.detach().mean(), gradients, true, estimate)
 

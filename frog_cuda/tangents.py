@@ -217,7 +217,13 @@ class TangentSet:
         return total
 
     def combine(self, piece: Piece, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
-        """``Z c`` on a piece: (*shape); coefficients (k,) float64."""
+        """``Z c`` on a piece: (*shape); coefficients (k,) float64. Zeros in a row that is fixed."""
+        combined = self._combined(piece, coefficients, dtype)
+        if piece.fixed_row is not None:
+            combined[piece.fixed_row] = 0
+        return combined
+
+    def _combined(self, piece: Piece, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         if self.stored is not None:
             tangents = self.stored[piece.name]
             wide = torch.promote_types(tangents.dtype, dtype)
@@ -246,7 +252,7 @@ class TangentSet:
 
     def axpy_(self, target: Tensor, piece: Piece, coefficients: Tensor, alpha: float) -> None:
         """``target += alpha * Z c`` in place."""
-        if self.stored is not None or self.guides:
+        if self.stored is not None or self.guides or piece.fixed_row is not None:
             target.add_(self.combine(piece, coefficients, target.dtype), alpha=alpha)
             return
         factors = self.factors(piece, _at_least_float32(target.dtype))
@@ -264,7 +270,8 @@ class TangentSet:
 
     def sgd_(self, target: Tensor, buffer: Tensor | None, fresh: bool, piece: Piece, coefficients: Tensor, sgd: Sgd) -> None:
         """A step of SGD in place along ``Z c``; drawn tangents in one pass over target and buffer."""
-        if self.stored is not None or self.guides or self.factors(piece, _at_least_float32(target.dtype)) is not None:
+        separate = self.stored is not None or self.guides or piece.fixed_row is not None
+        if separate or self.factors(piece, _at_least_float32(target.dtype)) is not None:
             sgd.step_(target, self.combine(piece, coefficients, target.dtype), buffer, fresh)
             return
         ops.tangent_sgd_(

@@ -17,8 +17,10 @@ from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
 from .guides import Guide
 from .layers import parameters_of
+from .rerun import snapshot
 from .sgd import Momentum, Sgd
 from .share import ALONE, Share
+from .stopping import stopping_at_no_grad
 from .tangents import Distribution, Piece, TangentSet
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -45,11 +47,13 @@ class WeightPerturbation:
     def __init__(self, model: nn.Module, wanted: Any) -> None:
         self.model = model
         self.parameters = _trainable(model, wanted)
+        padding = padding_rows(model)
+        self._whole = _WithLoss(model)
         self.momentum = Momentum(self.parameters)
         self.pieces: list[Piece] = []
         offset = 0
         for name, p in self.parameters.items():
-            self.pieces.append(Piece(name, tuple(p.shape), offset))
+            self.pieces.append(Piece(name, tuple(p.shape), offset, padding.get(name)))
             offset += p.numel()
         self.total = offset
 
@@ -81,7 +85,7 @@ class WeightPerturbation:
         touched: set[int] = set()
         columns: list[Tensor] = []
         loss = torch.empty(0)
-        numbers = RandomNumbers(self.parameters.values()) if len(passes) > 1 else None
+        numbers = RandomNumbers(self.parameters.values(), self.model.modules()) if len(passes) > 1 else None
         for chunk in passes:
             if numbers is not None:
                 numbers.rewind()
@@ -90,7 +94,7 @@ class WeightPerturbation:
             value, moved = self._pass(step, chunk, grams, touched, moves)
             loss = value.mean()
             columns.append(moved.reshape(len(chunk), -1).double().mean(1).to(moved.dtype))
-        self.used = [p for p in self.pieces if tangents.stored is not None or p.offset in touched]
+        used = [p for p in self.pieces if tangents.stored is not None or p.offset in touched]
 
         gathered = share.gather(torch.cat(columns[: len(drawn)]), loss, tangents.drawn)
         loss, derivatives = share.average(loss, torch.cat([gathered, *columns[len(drawn) :]]))
@@ -101,17 +105,19 @@ class WeightPerturbation:
 
         def gram() -> Tensor:
             if guided:
-                return tangents.joint_gram(self.used)
+                return tangents.joint_gram(used)
             if tangents.stored is not None:  # of any magnitude, and held by every process
-                return torch.stack([tangents.gram(p) for p in self.used]).sum(0)
+                return torch.stack([tangents.gram(p) for p in used]).sum(0)
             # Where the step does not need it, one process alone may ask for it
-            return (share if wants_gram else ALONE).gram(self.used, gram_of)
+            return (share if wants_gram else ALONE).gram(used, gram_of)
 
         def stored() -> Tensor:
-            return torch.cat([flat(tangents.draw(p, self.parameters[p.name].dtype)) for p in self.used], 1)
+            return torch.cat([flat(tangents.draw(p, self.parameters[p.name].dtype)) for p in used], 1)
 
-        n = sum(p.numel for p in self.used)
-        return solve(tangents, aggregate, loss, derivatives, gram, stored, n, correct_length)
+        n = sum(p.numel for p in used)
+        estimate = solve(tangents, aggregate, loss, derivatives, gram, stored, n, correct_length)
+        self.used = used
+        return estimate
 
     @torch.no_grad()
     def _pass(
@@ -123,10 +129,15 @@ class WeightPerturbation:
         moves_buffers: bool,
     ) -> tuple[Tensor, Tensor]:
         """Loss and derivatives of one forward pass, as :func:`read_loss` gives them."""
-        state: dict[str, Any] = {piece.name: self._dual(step, piece, chunk, grams, touched) for piece in self.pieces}
-        if not moves_buffers:
-            state |= copied_buffers(self.model)
-        return read_loss(step.loss_fn(functional_call(self.model, state, *step.inputs), step.target))
+        state: dict[str, Any] = {f"model.{p.name}": self._dual(step, p, chunk, grams, touched) for p in self.pieces}
+        inputs, target = step.inputs, step.target
+        if not moves_buffers:  # the last pass does; the others leave inputs and target as they were, too
+            state |= {f"model.{name}": b for name, b in copied_buffers(self.model).items()}
+            inputs, target = snapshot((inputs, target))
+        with stopping_at_no_grad():
+            passed = read_loss(functional_call(self._whole, state, (step.loss_fn, inputs, target)))
+        forget_duals(self.model)
+        return passed
 
     def probe(self, step: Step, chunk: range) -> int:
         """A pass that leaves no trace. Returns the bytes of tangents, for each, that a step keeps after its pass."""
@@ -144,13 +155,15 @@ class WeightPerturbation:
         tangents, dtype = step.tangents, step.tangent_dtype
         p, first, count = self.parameters[piece.name], chunk.start, len(chunk)
         if tangents.stored is not None or first >= tangents.drawn:
-            return DualTensor(p, tangents.draw(piece, dtype or p.dtype, first, count))
-        factors = tangents.factors(piece, dtype or p.dtype, first, count)
-        if factors is not None:
-            return DualTensor.sampled_from(p, replace(factors, offset=piece.offset, touched=touched))
-        base = tangents.distribution.base
-        sampled = SampledTangents(tangents.state, count, first, piece.offset, base, grams, touched, dtype, whole=tangents.k)
-        return DualTensor.sampled_from(p, sampled)
+            dual = DualTensor(p, tangents.draw(piece, dtype or p.dtype, first, count))
+        elif (factors := tangents.factors(piece, dtype or p.dtype, first, count)) is not None:
+            dual = DualTensor.sampled_from(p, replace(factors, offset=piece.offset, touched=touched))
+        else:
+            base = tangents.distribution.base
+            sampled = SampledTangents(tangents.state, count, first, piece.offset, base, grams, touched, dtype, whole=tangents.k)
+            dual = DualTensor.sampled_from(p, sampled)
+        dual.stops_padding = True
+        return dual
 
     def gradients(
         self, tangents: TangentSet, estimate: Estimate, only: Collection[Piece] | None = None
@@ -166,8 +179,10 @@ class WeightPerturbation:
                 yield piece.name, tangents.combine(piece, estimate.base_coefficients, dtype)
             elif wanted:
                 assert estimate.custom is not None
-                part = estimate.custom[start : start + piece.numel].view(piece.shape)
-                yield piece.name, part.to(dtype, copy=True)  # the caller's own, as above
+                part = estimate.custom[start : start + piece.numel].view(piece.shape).to(dtype, copy=True)  # the caller's own
+                if piece.fixed_row is not None:
+                    part[piece.fixed_row] = 0
+                yield piece.name, part
             start += piece.numel
 
     def update_(self, tangents: TangentSet, estimate: Estimate, sgd: Sgd, only: Collection[Piece] | None = None) -> None:
@@ -189,6 +204,19 @@ class WeightPerturbation:
             torch.autograd.graph.increment_version(p)
 
 
+class _WithLoss(nn.Module):
+    """Model and loss in one, so that a loss that reads parameters, a penalty for instance, finds those that are perturbed."""
+
+    _wraps_users_model = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, loss_fn: Callable[[Any, Any], Any], inputs: Inputs, target: Any) -> Any:
+        return loss_fn(self.model(*inputs[0], **inputs[1]), target)
+
+
 def inputs_of(input: Any) -> Inputs:
     """Positional and keyword arguments of a model, from what a call was given."""
     if isinstance(input, tuple):
@@ -201,6 +229,30 @@ def inputs_of(input: Any) -> Inputs:
 def copied_buffers(model: nn.Module) -> dict[str, Any]:
     """Stand-ins for the buffers in a pass that must not move running statistics."""
     return {name: b.clone() for name, b in model.named_buffers()}
+
+
+def forget_duals(model: nn.Module) -> None:
+    """Puts values in place of DualTensors that modules keep in attributes: a later pass has other tangents, and none may be
+    left where a model is saved."""
+    for module in model.modules():
+        own = vars(module)
+        for name, value in own.items():
+            if type(value) is DualTensor:
+                own[name] = value.primal
+
+
+def padding_rows(model: nn.Module) -> dict[str, int]:
+    """By name of the parameter: rows of embeddings that have no gradient, because nothing but lookups of padding reads them."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    found = {}
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+            tied = names.get(id(module.weight), [])
+            if len(tied) == 1:
+                found[tied[0]] = module.padding_idx
+    return found
 
 
 def _trainable(model: nn.Module, wanted: Any) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .._checks import check_count, check_step, is_real
+from .._checks import check_count, is_real
 from ..activity import ActivityPerturbation
 from ..aggregate import Aggregate
 from ..estimate import Estimate, check_finite
@@ -25,7 +25,7 @@ from ..forward_gradient import ForwardGradient
 from ..sgd import Sgd
 from ..share import Share, from_limbs, limbs
 from ..tangents import Piece
-from ..weight import WeightPerturbation, inputs_of
+from ..weight import WeightPerturbation
 from .channel import Channel, RankLost, pack, unpack_
 
 __all__ = ["TangentParallel"]
@@ -135,10 +135,7 @@ class TangentParallel:
                 self.check()
             if self.broadcast_buffers and self._data.size > 1:
                 self._share_buffers()
-            inputs = inputs_of(input)
-            check_step(fg.step)
-            tangents = fg.tangent_set(inputs)
-            estimate = fg._estimate(tangents, inputs, target, self._share)
+            tangents, inputs, estimate = fg._propagate(input, target, self._share)
         except RankLost:
             raise
         except Exception:

@@ -17,8 +17,15 @@ _embedding_jvp = torch.ops.frog_cuda.embedding_jvp.default
 
 
 @aten(_aten.embedding.default)
-def embedding(func: Any, weight: Any, indices: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """As in PyTorch's forward mode, ``padding_idx`` is a row like any other."""
+def embedding(func: Any, weight: Any, indices: Tensor, padding_idx: int = -1, *args: Any, **kwargs: Any) -> Any:
+    """As in PyTorch's forward mode, ``padding_idx`` is a row like any other, unless ``weight`` wants it as in backprop."""
+    out = _looked_up(func, weight, indices, padding_idx, *args, **kwargs)
+    if padding_idx >= 0 and type(weight) is DualTensor and weight.stops_padding:
+        out.tangents.masked_fill_((indices == padding_idx).unsqueeze(-1), 0)
+    return out
+
+
+def _looked_up(func: Any, weight: Any, indices: Tensor, *args: Any, **kwargs: Any) -> Any:
     sampled = weight.sampled if type(weight) is DualTensor else None
     if isinstance(sampled, Factors):
         return _low_rank(func(weight._primal, indices, *args, **kwargs), sampled, indices)

@@ -1,0 +1,99 @@
+"""What a pass with perturbed activities leaves behind for the gradients of the layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import flat
+from .functional import RandomNumbers
+from .layers import Group
+from .rerun import Call
+from .tangents import Piece, TangentSet
+
+#: elements of tangents whose Gram matrices are computed at a time
+_GRAM_BLOCK = 1 << 17
+
+
+@dataclass(eq=False)
+class Segment:
+    """One perturbed tensor of what one call of a layer returns."""
+
+    group: Group
+    piece: Piece  # shape: of a sample where tangents are shared, of the whole batch where they are not
+    batch: int
+    input: Tensor | None  # (B, *, in) for layers whose gradient is taken directly
+    version: int
+    tangents: list[Tensor]  # base tangents of each chunk, (count, *piece.shape); none where they are replayed
+    dtype: torch.dtype = torch.float32  # of the tangents
+    grams: Tensor | None = None  # (B, k, k) of replayed tangents, where they were wanted as they were drawn
+    block: Tensor | None = None  # tangents of all segments, (k, n), where these are a part of it
+    call: Call | None = None  # of a layer that runs again for its gradient
+
+
+@dataclass(eq=False)
+class Trace:
+    """The passes of one step: their segments in the order of the calls, and what another pass would start from."""
+
+    segments: list[Segment] = field(default_factory=list)
+    offset: int = 0  # of the next segment in the tangent vector
+    scale: float = 1.0  # of a sample's gradient in that of the mean loss
+    numbers: RandomNumbers | None = None
+    buffers: dict[str, Any] | None = None
+    inputs: Any = None
+
+
+def batch_axis(layer: nn.Module, value: Tensor, at: int) -> int:
+    """Which axis of tensor number ``at`` that ``layer`` returns belongs to the samples."""
+    if value.dim() == 3:
+        if isinstance(layer, nn.RNNBase):  # the output, then final states (layers, B, hidden)
+            return 1 if at > 0 or not layer.batch_first else 0
+        if isinstance(layer, nn.MultiheadAttention) and at == 0:
+            return 0 if layer.batch_first else 1
+    return 0
+
+
+def joined(segment: Segment) -> Tensor:
+    """Base tangents of all chunks: (k, *piece.shape)."""
+    if len(segment.tangents) > 1:
+        segment.tangents = [torch.cat(segment.tangents)]
+    return segment.tangents[0]
+
+
+def side_by_side(segments: list[Segment]) -> Tensor:
+    """Base tangents of all segments: (k, n)."""
+    block = segments[0].block
+    if block is not None and all(s.block is block for s in segments):
+        if sum(s.piece.numel for s in segments) == block.shape[1]:
+            return block
+    return torch.cat([flat(joined(s)) for s in segments], 1)
+
+
+def blocks(segment: Segment, k: int) -> Iterator[slice]:
+    """Samples whose k tangents fill a cache."""
+    size = max(1, _GRAM_BLOCK // max(1, k * math.prod(segment.piece.shape[1:])))
+    return (slice(b, min(b + size, segment.batch)) for b in range(0, max(1, segment.batch), size))
+
+
+def grams(v: Tensor) -> Tensor:
+    """Gram matrices, float64 (B, k, k), of the samples of v (k, B, *m): a part of a larger tensor or not, the same bits."""
+    rows = flat(v, 2).transpose(0, 1).to(torch.float64, memory_format=torch.contiguous_format).contiguous()
+    return rows @ rows.mT
+
+
+def sample_grams(tangents: TangentSet, segment: Segment) -> Tensor:
+    """Those of a whole segment; block by block as they are made of tangents that were just drawn, for the same bits."""
+    shape = segment.piece.shape[1:]
+
+    def of(rows: slice) -> Tensor:
+        if segment.tangents:
+            return joined(segment)[:, rows]
+        part = Piece(segment.piece.name, (rows.stop - rows.start, *shape), segment.piece.offset + rows.start * math.prod(shape))
+        return tangents.draw(part, segment.dtype)
+
+    return torch.cat([grams(of(rows)) for rows in blocks(segment, tangents.k)])

@@ -1,0 +1,73 @@
+"""What a step of a model does not depend on: modes that the caller is in, and whether the model is still the one it was."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._checks import warn
+
+
+class Structure:
+    """The modules and parameters of a model as they are now, to notice when others take their place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(name, m, dict(m._modules)) for name, m in model.named_modules()]
+        self._parameters = [
+            (f"{name}.{own}" if name else own, m._parameters, own, p, p is not None and p.requires_grad)
+            for name, m, _ in self._modules
+            for own, p in m._parameters.items()
+        ]
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: a module or a parameter is another one, or ``requires_grad`` has changed.
+        """
+        for name, module, children in self._modules:
+            if module._modules != children:
+                raise RuntimeError(
+                    f"model: the modules of {name or 'the model'} are others than they were; make a new ForwardGradient"
+                )
+        for name, owner, own, p, trainable in self._parameters:
+            now = owner.get(own)
+            if now is not p:
+                raise RuntimeError(
+                    f"model: parameter {name} was replaced (load_state_dict(assign=True) does that); make a new ForwardGradient"
+                )
+            if p is not None and p.requires_grad != trainable:
+                raise RuntimeError(f"model: requires_grad of {name} has changed; make a new ForwardGradient")
+
+
+def surroundings(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, neither ``inference_mode`` nor ``autocast`` is on, and nothing that ``torch.compile`` made runs in place of
+    ``model``: results are ordinary tensors, in the precision of the parameters, and every hook is called."""
+    compiled = _is_compiled(model)
+    if not (torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.type) or compiled):
+        return nullcontext()
+    return _turned_off(device, compiled)
+
+
+@contextmanager
+def _turned_off(device: torch.device, compiled: bool) -> Iterator[None]:
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.is_autocast_enabled(device.type):
+            warn("autocast does not apply to forward gradients, which keep the precision of the model; see tangent_dtype=")
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not yet imported: nothing was compiled
+    if dynamo is None or torch.compiler.is_compiling():
+        return False
+    return any(m._compiled_call_impl is not None or isinstance(m, dynamo.OptimizedModule) for m in model.modules())

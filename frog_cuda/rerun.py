@@ -62,8 +62,8 @@ class Call:
         """
         if [p._version for p in self._parameters] != self._versions:
             raise RuntimeError(
-                f"layers: the parameters of {name} were changed after the forward pass, but the layer has no closed-form gradient "
-                "and runs again for it; take gradients before the parameters move"
+                f"layers: the parameters of {name} were changed after the forward pass, but the layer has no closed-form "
+                "gradient and runs again for it; take gradients before the parameters move"
             )
         with torch.enable_grad(), self._numbers.replayed():
             try:

@@ -15,7 +15,7 @@ from . import aggregate as aggregations
 from . import cuda_graph as graphs
 from . import float8
 from . import tangents as distributions
-from ._checks import check_count, check_seed, check_step, flat
+from ._checks import check_count, check_seed, check_step, flat, warn
 from .activity import ActivityPerturbation
 from .aggregate import Aggregate, Orthogonal, scaling_correction
 from .chunk_size import check_chunk_size
@@ -139,6 +139,14 @@ class ForwardGradient:
         else:
             raise ValueError(f"perturb is {perturb!r}; accepted are 'activity' and 'weight'")
         self._structure = Structure(model)
+        if isinstance(loss_fn, nn.Module):
+            known = {id(p) for p in model.parameters()}
+            left = [name for name, p in loss_fn.named_parameters() if p.requires_grad and id(p) not in known]
+            if left:
+                warn(
+                    f"loss_fn: its parameters {', '.join(left)} are none of the model's and get no gradient; make the loss a "
+                    "part of the model, or freeze them"
+                )
         self._tangents: TangentSet | None = None
         self._inputs: Inputs = ((), {})
         self._graphs: graphs.GraphedSteps | None = None

@@ -262,6 +262,8 @@ def _trainable(model: nn.Module, wanted: Any) -> dict[str, Tensor]:
         chosen = {id(p) for group in wanted for _, member in group for p in parameters_of(member)}
     found: dict[str, Tensor] = {}
     for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            continue  # check_parameters names it
         if chosen is not None and id(p) not in chosen:
             continue
         if not p.is_floating_point() and (p.requires_grad or chosen is not None):
@@ -276,6 +278,11 @@ def _trainable(model: nn.Module, wanted: Any) -> dict[str, Tensor]:
 
 def check_parameters(model: nn.Module, found: dict[str, Tensor]) -> None:
     """Raises where there is nothing to perturb or the parameters are not on one device."""
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"model: parameter {name} is not initialized; run the model once, so that lazy modules know their sizes"
+            )
     if not found:
         names = [name for name, _ in model.named_parameters()]
         why = "it has no parameters" if not names else f"none of {', '.join(names[:5])} that layers= selects requires grad"

@@ -377,6 +377,18 @@ def test_a_loss_that_reads_parameters():
         torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-9)
 
 
+def test_a_loss_with_parameters_of_its_own():
+    loss_fn = nn.Sequential(nn.Linear(1, 1))
+    with pytest.warns(UserWarning, match="loss_fn: its parameters 0.weight, 0.bias are none of the model's"):
+        frog.ForwardGradient(nn.Linear(M, C), loss_fn, k=1)
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+def test_lazy_modules_must_have_run(perturb):
+    with pytest.raises(ValueError, match="parameter 1.weight is not initialized"):
+        frog.ForwardGradient(nn.Sequential(nn.Linear(M, 4), nn.LazyLinear(C)), losses, k=1, perturb=perturb)
+
+
 class Padded(nn.Module):
     def __init__(self, tied):
         super().__init__()

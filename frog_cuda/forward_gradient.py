@@ -148,7 +148,8 @@ class ForwardGradient:
         """Adds the gradient estimate to ``.grad`` and returns the mean loss, 0-dim and detached.
 
         Arguments:
-            input: what the model takes: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+            input: what the model takes: a tuple (positional arguments), a mapping (keyword arguments, such as a tokenizer's
+                result), or anything else as its one argument: a tensor, or a named tuple such as a PackedSequence.
             target: handed to ``loss_fn`` as it is.
         Raises:
             ValueError: loss neither a scalar nor (B,), not depending on what is perturbed, or layers' outputs that do not fit.

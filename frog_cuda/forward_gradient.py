@@ -52,6 +52,7 @@ class ForwardGradient:
             as a class token, goes by its own name: ``[["class_token", "layers.0"], ["layers.1"]]``.
         tangents: a name, an object of :mod:`frog_cuda.tangents`, a callable, or tensors used as they are:
             ``{name: (k, *shape)}`` with a parameter's shape, or for activities the shape of an output without its batch axis.
+            Tensors are not copied, and must not change between the forward pass and the estimate.
         aggregate: a name or an object of :mod:`frog_cuda.aggregate`, or a callable ``(tangents, derivatives) -> gradient``.
         tangent_dtype: floating dtype of the tangents; None means that of the parameters or outputs. ``torch.float8_e4m3fn``:
             in bfloat16, but multiplied with the weights of linear layers in 8 bits, see :mod:`frog_cuda.float8`.
@@ -205,7 +206,7 @@ class ForwardGradient:
         """The estimate of the latest call by parameter name. Parameters that did not take part are missing.
 
         Raises:
-            RuntimeError: there was no call yet.
+            RuntimeError: there was no call yet, or supplied tangents were modified in place since.
         """
         estimate, tangents = self._latest("gradients")
         return self._gradients_of(tangents, estimate, self._inputs)
@@ -242,7 +243,8 @@ class ForwardGradient:
         that needs it and is part of :meth:`state_dict`.
 
         Raises:
-            RuntimeError: there was no call yet, or activities are perturbed, whose gradients are not replayed.
+            RuntimeError: there was no call yet, supplied tangents were modified in place since, or activities are perturbed,
+                whose gradients are not replayed.
             TypeError, ValueError: an option is not accepted, see :class:`frog_cuda.sgd.Sgd`.
         """
         self._update_(Sgd(lr, momentum, dampening, weight_decay, nesterov), None)
@@ -257,6 +259,8 @@ class ForwardGradient:
     def _latest(self, what: str) -> tuple[Estimate, TangentSet]:
         if self.last is None or self._tangents is None:
             raise RuntimeError(f"{what}: no gradient was estimated yet; call the object with input and target first")
+        if self.last.custom is None:
+            self._tangents.check_unchanged(what)
         return self.last, self._tangents
 
     def state_dict(self) -> dict[str, Any]:

@@ -57,12 +57,16 @@ def simulate(fg: ForwardGradient, input: Any, target: Any) -> Simulated:
         :class:`Simulated`.
     """
     inputs, method = inputs_of(input), fg._method
-    with RandomNumbers(method.parameters.values()).replayed():
-        tangents = fg.tangent_set(inputs)
-    with RandomNumbers(method.parameters.values()).replayed():
-        if isinstance(method, WeightPerturbation):
-            return _weight(fg, method, tangents, inputs, target)
-        return _activity(fg, method, tangents, inputs, target)
+    before = dict(vars(method))  # of the latest call, whose estimate may still be wanted
+    try:
+        with RandomNumbers(method.parameters.values()).replayed():
+            tangents = fg.tangent_set(inputs)
+        with RandomNumbers(method.parameters.values()).replayed():
+            if isinstance(method, WeightPerturbation):
+                return _weight(fg, method, tangents, inputs, target)
+            return _activity(fg, method, tangents, inputs, target)
+    finally:
+        vars(method).update(before)
 
 
 def _loss(fg: ForwardGradient, inputs: Inputs, target: Any) -> Tensor:

@@ -175,6 +175,19 @@ def test_any_model(options):
         assert torch.equal(p, expected), f"{name} changed"
 
 
+@pytest.mark.parametrize("options", ZOO_OPTIONS, ids=range(len(ZOO_OPTIONS)))
+def test_simulate_leaves_the_latest_estimate(options):
+    """Of the same batch, whose shapes fit, and of a smaller one."""
+    torch.manual_seed(0)
+    fg = frog.ForwardGradient(Zoo().double(), per_sample, k=K, **options)
+    x, y = torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(0, 5, (8,))
+    fg.derivatives(x, y)
+    expected = fg.gradients()
+    for rows in (8, 3):
+        frog.simulate(fg, x[:rows], y[:rows])
+        assert all(torch.equal(g, expected[name]) for name, g in fg.gradients().items())
+
+
 def test_groups_get_layer_local_gradients():
     """A group's inner parameters get the gradient that backprop inside the group gives from its output's estimate."""
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ Flügel et al., arXiv 2410.17764, section 4.4.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -235,7 +236,11 @@ class ActivityPerturbation:
         elif not per_sample and self.shared:
             n = sum(s.piece.numel * s.batch * share.shards for s in self.segments)
 
+        whose = weakref.ref(self.segments[0])
+
         def gram() -> Tensor:
+            if self.segments[:1] != [whose()]:
+                raise RuntimeError("gram: a later call took the place of these activities; read it before")
             batches = {s.batch for s in self.segments}
             if self.shared and (per_sample or len(batches) == 1):
                 # Under one derivative for the batch: the same vector once for each row

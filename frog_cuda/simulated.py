@@ -79,9 +79,9 @@ def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSe
         found = torch.autograd.grad(loss, list(method.parameters.values()), allow_unused=True)
     true = {name: g for name, g in zip(method.parameters, found, strict=True) if g is not None}
     with torch.no_grad():
-        method.used = [p for p in method.pieces if tangents.stored is not None or p.name in true]
+        method.used = used = [p for p in method.pieces if tangents.stored is not None or p.name in true]
         derivatives = torch.zeros(tangents.k, dtype=torch.float64, device=method.device)
-        for piece in method.used:
+        for piece in used:
             if piece.name in true:
                 v = tangents.draw(piece, torch.float64)
                 derivatives += flat(v) @ true[piece.name].double().flatten()
@@ -90,9 +90,9 @@ def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSe
             fg.aggregate,
             loss.detach(),
             derivatives.to(loss.dtype),
-            lambda: torch.stack([tangents.gram(p) for p in method.used]).sum(0),
-            lambda: torch.cat([flat(tangents.draw(p, method.parameters[p.name].dtype)) for p in method.used], 1),
-            sum(p.numel for p in method.used),
+            lambda: torch.stack([tangents.gram(p) for p in used]).sum(0),
+            lambda: torch.cat([flat(tangents.draw(p, method.parameters[p.name].dtype)) for p in used], 1),
+            sum(p.numel for p in used),
             fg.scaling_correction,
         )
         return Simulated(loss.detach(), dict(method.gradients(tangents, estimate)), true, estimate)
@@ -137,6 +137,7 @@ def _activity(
                 each = torch.einsum("kbm,bm->kb", flat(v, 2), flat(g))
             rows = rows + (each if per_sample else each.sum(1))
         estimate = method.finish(tangents, fg.aggregate, losses.detach().mean(), per_sample, rows, fg.scaling_correction)
+        _ = estimate.gram  # while the tangents are there
         gradients = dict(method.gradients(tangents, estimate, inputs))
     return Simulated(losses.detach().mean(), gradients, true, estimate)
 

@@ -168,6 +168,14 @@ def test_supplied_that_changes_after_a_custom_estimate():
     assert all(torch.equal(g, expected[name]) for name, g in fg.gradients().items())
 
 
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+def test_supplied_that_changes_before_the_gram_matrix(perturb):
+    fg, v = modified(perturb, dict, aggregate="mean")
+    v.zero_()
+    with pytest.raises(RuntimeError, match="gram: the tangents supplied for .* were modified in place"):
+        fg.last.gram  # noqa: B018
+
+
 def test_supplied_in_inference_mode():
     """Such tensors have no count of changes."""
     with torch.inference_mode():

@@ -231,6 +231,9 @@ class ActivityPerturbation:
             n = sum(s.piece.numel * s.batch * share.shards for s in segments)
 
         def gram() -> Tensor:
+            segments = trace.segments
+            if not segments:
+                raise RuntimeError("gram: a later call took the place of these activities; read it before")
             batches = {s.batch for s in segments}
             if self.shared and (per_sample or len(batches) == 1):
                 # Under one derivative for the batch: the same vector once for each row

@@ -16,6 +16,7 @@ from . import dual
 from .dual import DualTensor
 from .nn import DROP_IN
 from .rules import fallback
+from .weight import inputs_of
 
 __all__ = ["Conversion", "Coverage", "convert", "coverage"]
 
@@ -103,7 +104,7 @@ def coverage(model: nn.Module, input: Any) -> Coverage:
 
     Arguments:
         model: any module; its buffers are not moved.
-        input: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+        input: as for a call of :class:`frog_cuda.ForwardGradient`.
     Returns:
         :class:`Coverage`. If an operation is not supported at all, it is the last row.
 
@@ -112,7 +113,7 @@ def coverage(model: nn.Module, input: Any) -> Coverage:
     0       linear     fused     1
     1       aten.mish  fallback  1
     """
-    args, kwargs = (input, {}) if isinstance(input, tuple) else ((), input) if isinstance(input, dict) else ((input,), {})
+    args, kwargs = inputs_of(input)
     found, path = Coverage(), [""]
     state: dict[str, Any] = {name: b.clone() for name, b in model.named_buffers()}
     state |= {name: _dual(p) for name, p in model.named_parameters()}

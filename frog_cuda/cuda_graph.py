@@ -71,7 +71,7 @@ class GraphedSteps:
 
     def __call__(self, input: Any, target: Any) -> Tensor | None:
         """The loss, or None where this step is to run as ever."""
-        leaves, spec = tree_flatten((input, target))
+        leaves, spec = tree_flatten((inputs_of(input), target))
         model = self._owner.model
         key = (
             spec,
@@ -95,8 +95,7 @@ class Captured:
         assert owner.last is not None, "a step has run before"
         self._owner = owner
         self._leaves = [t.clone() if isinstance(t, Tensor) else t for t in leaves]
-        input, self.target = tree_unflatten(self._leaves, spec)
-        self.inputs = inputs_of(input)
+        self.inputs, self.target = tree_unflatten(self._leaves, spec)
         self.tangents = owner.tangent_set(self.inputs)
         self.gradients = {name: torch.zeros_like(owner._method.parameters[name]) for name in owner.gradients()}
         self.loss = torch.empty_like(owner.last.loss)
@@ -122,7 +121,9 @@ class Captured:
                 self.gradients[name].add_(torch.where(sound, gradient, 0))
             self.loss.copy_(estimate.loss)
             self.passed[: len(conditions)].copy_(passed)
-        self.conditions, self.estimate, self._trace = conditions, estimate, estimate.trace
+        self.conditions, self.estimate = conditions, estimate
+        if estimate.trace is not None:
+            estimate.trace.lasting = True
 
     def __call__(self, leaves: list[Any]) -> Tensor:
         owner = self._owner
@@ -148,7 +149,6 @@ class Captured:
                     owner._method.parameters[name].grad = grad
                 raise condition.error()
         self._next = owner.seed, owner.step + 1
-        self.estimate.trace = self._trace
         owner._took(self.tangents, self.inputs, self.estimate)
         return self.loss.clone()
 

@@ -204,7 +204,8 @@ class VaryingLength(Distribution):
 
 @dataclass(frozen=True, eq=False)
 class Supplied(Distribution):
-    """Tangents that the user makes. They are stored: k times the size of what is perturbed.
+    """Tangents that the user makes. They are stored, k times the size of what is perturbed, but not copied: an estimate raises
+    RuntimeError where they were modified in place after the forward pass.
 
     Arguments:
         source: a tensor ``(k, *shape)`` for one perturbed tensor, or ``(k, n)`` for all of them, flattened and concatenated; a

@@ -50,7 +50,7 @@ class Estimate:
     @property
     def gram(self) -> Tensor:
         """``G = V^T V``, float64 ``(k, k)``, or ``(B, k, k)`` where each sample has its own tangents. Replayed on first use
-        where the aggregation did not need it."""
+        where the aggregation did not need it; activities' only until the next call, RuntimeError afterwards."""
         return self._gram()
 
     @property
@@ -90,6 +90,7 @@ def solve(
         d = _apply(mixing.mT, d)
 
     def gram() -> Tensor:
+        tangents.check_unchanged("gram")  # on first use, which may be later
         own = base_gram()
         return own if mixing is None else mixing.mT @ own @ mixing
 

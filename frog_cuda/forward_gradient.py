@@ -53,6 +53,7 @@ class ForwardGradient:
             as a class token, goes by its own name: ``[["class_token", "layers.0"], ["layers.1"]]``.
         tangents: a name, an object of :mod:`frog_cuda.tangents`, a callable, or tensors used as they are:
             ``{name: (k, *shape)}`` with a parameter's shape, or for activities the shape of an output without its batch axis.
+            Tensors are not copied, and must not change between the forward pass and the estimate.
         aggregate: a name or an object of :mod:`frog_cuda.aggregate`, or a callable ``(tangents, derivatives) -> gradient``.
         tangent_dtype: floating dtype of the tangents; None means that of the parameters or outputs. ``torch.float8_e4m3fn``:
             in bfloat16, but multiplied with the weights of linear layers in 8 bits, see :mod:`frog_cuda.float8`.
@@ -158,7 +159,8 @@ class ForwardGradient:
         """Adds the gradient estimate to ``.grad`` and returns the mean loss, 0-dim and detached.
 
         Arguments:
-            input: what the model takes: a tensor, a tuple (positional arguments) or a dict (keyword arguments).
+            input: what the model takes: a tuple (positional arguments), a mapping (keyword arguments, such as a tokenizer's
+                result), or anything else as its one argument: a tensor, or a named tuple such as a PackedSequence.
             target: handed to ``loss_fn`` as it is.
         Raises:
             ValueError: loss neither a scalar nor (B,), not depending on what is perturbed, or layers' outputs that do not fit.
@@ -187,8 +189,8 @@ class ForwardGradient:
         inputs = inputs_of(input)
         check_step(self.step)
         self._structure.check()
-        if self.last is not None:
-            self.last.trace = None  # before new ones take their memory
+        if self.last is not None and self.last.trace is not None:
+            self.last.trace.release()
         with surroundings(self.model, self._method.device):
             tangents = self.tangent_set(inputs)
             return tangents, inputs, self._estimate(tangents, inputs, target, share)
@@ -222,7 +224,7 @@ class ForwardGradient:
         """The estimate of the latest call by parameter name. Parameters that did not take part are missing.
 
         Raises:
-            RuntimeError: there was no call yet.
+            RuntimeError: there was no call yet, or supplied tangents were modified in place since.
         """
         estimate, tangents = self._latest("gradients")
         return self._gradients_of(tangents, estimate, self._inputs)
@@ -231,7 +233,7 @@ class ForwardGradient:
         """What :meth:`gradients` returns, of an estimate that was just made."""
         with torch.no_grad(), surroundings(self.model, self._method.device):
             if isinstance(self._method, ActivityPerturbation):
-                if estimate.trace is None:
+                if not estimate.trace.segments:
                     raise RuntimeError("gradients: the call after the latest estimate failed; what it was made of is gone")
                 return dict(self._method.gradients(tangents, estimate, inputs))
             return dict(self._method.gradients(tangents, estimate))
@@ -264,7 +266,8 @@ class ForwardGradient:
         that needs it and is part of :meth:`state_dict`.
 
         Raises:
-            RuntimeError: there was no call yet, or activities are perturbed, whose gradients are not replayed.
+            RuntimeError: there was no call yet, supplied tangents were modified in place since, or activities are perturbed,
+                whose gradients are not replayed.
             TypeError, ValueError: an option is not accepted, see :class:`frog_cuda.sgd.Sgd`.
         """
         self._update_(Sgd(lr, momentum, dampening, weight_decay, nesterov), None)
@@ -279,6 +282,8 @@ class ForwardGradient:
     def _latest(self, what: str) -> tuple[Estimate, TangentSet]:
         if self.last is None or self._tangents is None:
             raise RuntimeError(f"{what}: no gradient was estimated yet; call the object with input and target first")
+        if self.last.custom is None:
+            self._tangents.check_unchanged(what)
         return self.last, self._tangents
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .distributions import Distribution, Guided, LowRank, StandardBasis, Supplie
 from .forward_gradient import ForwardGradient
 from .sgd import Sgd
 from .tangents import Piece, TangentSet, resolve
-from .weight import WeightPerturbation
+from .weight import WeightPerturbation, padding_rows
 
 __all__ = ["SeedLog"]
 
@@ -47,13 +47,17 @@ class SeedLog:
     such as running statistics, are not part of the log.
 
     Arguments:
-        path: of the file. A log of the same run that is there is continued; its last record may be incomplete, as a killed
-            process leaves it, and is then dropped.
+        path: of the file. A log of the same run that is there is continued, by an ``fg`` of the same seed at a later step than
+            the last record's, such as one that was loaded from a checkpoint; whether its parameters are those of that step is
+            not checked. The last record may be incomplete, as a killed process leaves it, and is then dropped.
         fg: with ``perturb="weight"`` and tangents that are drawn, not supplied. Its parameters are taken as the initial weights
             of a new log.
+        truncate: drop the records from ``fg.step`` on, where a checkpoint lags behind the log and its steps are taken again.
+            With ``fg`` at the log's first step, all of them: the log starts anew.
     Raises:
-        ValueError: activities are perturbed, tangents are supplied or guided, or the file there is no log, is damaged, or
-            belongs to other parameters, another k or other tangents; the message says which.
+        ValueError: activities are perturbed, tangents are supplied or guided, or the file there is no log, is damaged,
+            belongs to other parameters, another k or other tangents, or does not end before ``fg.step``; the message says
+            which.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp() + "/run.seeds"
@@ -70,7 +74,7 @@ class SeedLog:
     True
     """
 
-    def __init__(self, path: str | os.PathLike[str], fg: ForwardGradient) -> None:
+    def __init__(self, path: str | os.PathLike[str], fg: ForwardGradient, *, truncate: bool = False) -> None:
         method = fg._method
         if not isinstance(method, WeightPerturbation):
             raise ValueError("SeedLog: only for perturb='weight'; gradients of perturbed activities are not replayed")
@@ -91,16 +95,21 @@ class SeedLog:
             for key, value in header.items():
                 if found[key] != value:
                     raise ValueError(f"SeedLog: {self.path} was written with other {key}: {found[key]!r}, not {value!r}")
-            complete = start + sum(1 for _ in records(self.path)) * _record_size(fg.k)
-            self._file: BinaryIO = self.path.open("r+b")
-            self._file.truncate(complete)
-            self._file.seek(complete)
-            self._names = found["taking_part"]
-            self._fresh = False
-        else:
-            self._header = header | {"initial": checksum(method.parameters)}
-            self._file = self.path.open("wb")
-            self._fresh = True
+            kept, last = 0, None
+            for record in records(self.path):
+                if truncate and record.seed == fg.seed and record.step >= fg.step:
+                    break
+                kept, last = kept + 1, record
+            if last is not None:
+                _check_continued(self.path, last, kept, fg)
+                complete = start + kept * _record_size(fg.k)
+                self._file: BinaryIO = self.path.open("r+b")
+                self._file.truncate(complete)
+                self._file.seek(complete)
+                self._names, self._fresh = found["taking_part"], False
+                return
+        self._header = header | {"initial": checksum(method.parameters)}
+        self._file, self._fresh = self.path.open("wb"), True
 
     def update_(
         self,
@@ -164,7 +173,8 @@ class SeedLog:
         """
         header, _ = _read_header(Path(path))
         own = dict(model.named_parameters())
-        pieces = [Piece(name, tuple(shape), offset) for name, shape, offset in header["parameters"]]
+        fixed = padding_rows(model)
+        pieces = [Piece(name, tuple(shape), offset, fixed.get(name)) for name, shape, offset in header["parameters"]]
         for piece in pieces:
             if piece.name not in own or tuple(own[piece.name].shape) != piece.shape:
                 what = tuple(own[piece.name].shape) if piece.name in own else "missing"
@@ -212,6 +222,18 @@ def checksum(parameters: dict[str, Tensor]) -> str:
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
         digest.update(p.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _check_continued(path: Path, last: Record, count: int, fg: ForwardGradient) -> None:
+    """Raises where a replay of the ``count`` records there and of those to come would not end at the weights of ``fg``."""
+    if last.seed == fg.seed and last.step < fg.step:
+        return
+    raise ValueError(
+        f"SeedLog: {path} ends with step {last.step} of seed {last.seed}, but fg is at step {fg.step} of seed {fg.seed}, which "
+        "does not come after it. A new run needs another path. To go on from a checkpoint, load it into the model and fg; "
+        "where it lags behind the log, truncate=True drops the records of the steps that are taken again; or SeedLog.replay "
+        f"brings the parameters to the end of all {count} records, and fg.step = {last.step + 1} goes on from there"
+    )
 
 
 def _apply(tangents: TangentSet, pieces: list[Piece], parameters: dict[str, Tensor], coefficients: Tensor) -> None:

@@ -46,6 +46,12 @@ class Trace:
     numbers: RandomNumbers | None = None
     buffers: dict[str, Any] | None = None
     inputs: Any = None
+    lasting: bool = False  # a captured graph reads it again
+
+    def release(self) -> None:
+        """Gives the memory back, before the next passes take theirs."""
+        if not self.lasting:
+            self.segments, self.numbers, self.buffers, self.inputs = [], None, None, None
 
 
 def batch_axis(layer: nn.Module, value: Tensor, at: int) -> int:

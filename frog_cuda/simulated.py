@@ -80,8 +80,7 @@ def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSe
         found = torch.autograd.grad(loss, list(method.parameters.values()), allow_unused=True)
     true = {name: g for name, g in zip(method.parameters, found, strict=True) if g is not None}
     with torch.no_grad():
-        before = getattr(method, "used", [])
-        used = method.used = [p for p in method.pieces if tangents.stored is not None or p.name in true]
+        used = [p for p in method.pieces if tangents.stored is not None or p.name in true]
         derivatives = torch.zeros(tangents.k, dtype=torch.float64, device=method.device)
         for piece in used:
             if piece.name in true:
@@ -97,8 +96,11 @@ def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSe
             sum(p.numel for p in used),
             fg.scaling_correction,
         )
-        gradients = dict(method.gradients(tangents, estimate))
-        method.used = before  # of the latest call
+        before, method.used = getattr(method, "used", []), used  # of the latest call
+        try:
+            gradients = dict(method.gradients(tangents, estimate))
+        finally:
+            method.used = before
         return Simulated(loss.detach(), gradients, true, estimate)
 
 

@@ -2,7 +2,7 @@
 
 The passes themselves run without recording, so the grad mode alone does not tell. While a thread runs a pass, the context
 managers that a model may enter take note of it here, and operations on DualTensors then work on values.
-:func:`frog_cuda.jvp` is not concerned: like ``torch.func.jvp`` it differentiates what a function computes under ``no_grad``, too.
+:func:`frog_cuda.jvp` is not concerned: like ``torch.func.jvp`` it differentiates what is computed under ``no_grad``, too.
 """
 
 from __future__ import annotations

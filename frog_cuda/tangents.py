@@ -134,11 +134,21 @@ class TangentSet:
         if isinstance(distribution, Supplied):
             assert n is not None and pieces is not None
             self.stored = _supplied(distribution.source, k, n, pieces, seed, step, device)
+            self._versions = {name: _version(v) for name, v in self.stored.items()}
         elif isinstance(distribution, StandardBasis):
             assert n is not None
             self.state = torch.from_numpy(_coordinates(seed, step, k, n)).to(device)
         else:
             self.state = torch.tensor([seed, step], dtype=torch.int64, device=device)
+
+    def check_unchanged(self, what: str) -> None:
+        """Raises RuntimeError where supplied tangents, which are not copied, were modified in place since this was made."""
+        for name, v in (self.stored or {}).items():
+            if _version(v) != self._versions[name]:
+                raise RuntimeError(
+                    f"{what}: the tangents supplied for {name} were modified in place after the forward pass; the estimate is "
+                    "made of those that were propagated"
+                )
 
     def passes(self, begin: int, count: int, chunk_size: int | None) -> tuple[list[range], list[range]]:
         """Tangents ``begin .. begin + count`` of those that are drawn, and all guides, in chunks of at most ``chunk_size``."""
@@ -288,6 +298,11 @@ class TangentSet:
             offset=piece.offset,
             distribution=self.distribution.base,
         )
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts changes in place, also through views; of tensors made in inference mode nothing does."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _stretches(pieces: Sequence[Piece]) -> Iterator[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -218,11 +218,12 @@ class _WithLoss(nn.Module):
 
 
 def inputs_of(input: Any) -> Inputs:
-    """Positional and keyword arguments of a model, from what a call was given."""
-    if isinstance(input, tuple):
+    """Positional and keyword arguments of a model, from what a call was given. A named tuple, such as a PackedSequence, is one
+    argument."""
+    if isinstance(input, tuple) and not hasattr(input, "_fields"):
         return input, {}
-    if isinstance(input, dict):
-        return (), input
+    if isinstance(input, Mapping):
+        return (), dict(input)
     return (input,), {}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import frog_cuda as frog
+from frog_cuda import SeedLog
 from frog_cuda.distributed import TangentParallel
 from frog_cuda.experiments import models
 from frog_cuda.tangents import Cone, Guided, LowRank
@@ -226,6 +229,25 @@ def case_resumed():
     for step in range(2):
         single(*data(step))
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+
+
+def case_seed_log():
+    """Each rank makes the update of its own log, one of which is kept: the same bits on all, and again in a replay. In float64,
+    where an update that is written down has coefficients of fewer bits than another."""
+    for combine in ("auto", "slices"):
+        model, twin = net().double(), net().double()
+        parallel = TangentParallel(estimator(model, perturb="weight"), combine=combine, check_every=1)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "log") if dist.get_rank() == 0 else os.devnull
+            with SeedLog(path, parallel.fg) as log:
+                for step in range(4):
+                    x, y = data(step)
+                    parallel.derivatives(x.double(), y)
+                    log.update_(0.1)
+            parallel.check()
+            if dist.get_rank() == 0:
+                assert SeedLog.replay(path, twin) == 4
+                assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def case_the_rule_is_told_once():

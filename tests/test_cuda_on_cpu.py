@@ -39,6 +39,7 @@ def test_a_missing_barrier_shows(kernels):
         ("packed", (Skewed(torch.ones(32)), Out((32,))), "misaligned address"),
         ("packed", (torch.ones(32), Out((32,), skew=4)), "misaligned address"),
         ("empty_grid", (Out((32,)),), "an empty grid"),
+        ("shared_bytes", (Out((32,)), 99 * 1024 + 1), "101377 bytes of shared memory on a device that has 101376"),
     ],
 )
 def test_a_fault_is_named(kernels, name, arguments, said):
@@ -53,6 +54,8 @@ def test_what_is_sound_passes(kernels):
     assert (out == 1).all()
     (out,) = kernels.run("half_a_warp", Out((32,)), 1)
     assert out.tolist() == [i ^ 1 for i in range(16)] + list(range(16, 32))
+    kernels.run("shared_bytes", Out((32,)), 99 * 1024)
+    kernels.run("shared_bytes", Out((32,)), 163 * 1024, shared=163 * 1024)
     x = torch.randn(32)
     assert torch.equal(kernels.run("packed", x, Out((32,)))[0], x)
 

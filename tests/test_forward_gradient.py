@@ -175,6 +175,39 @@ def test_any_model(options):
         assert torch.equal(p, expected), f"{name} changed"
 
 
+@pytest.mark.parametrize("options", ZOO_OPTIONS, ids=range(len(ZOO_OPTIONS)))
+def test_simulate_leaves_the_latest_estimate(options):
+    """Of the same batch, whose shapes fit, and of a smaller one."""
+    torch.manual_seed(0)
+    fg = frog.ForwardGradient(Zoo().double(), per_sample, k=K, aggregate="mean", **options)
+    x, y = torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(0, 5, (8,))
+    fg.derivatives(x, y)
+    expected = fg.gradients()
+    for rows in (8, 3):
+        simulated = frog.simulate(fg, x[:rows], y[:rows])
+        assert all(torch.equal(g, expected[name]) for name, g in fg.gradients().items())
+    fg.derivatives(x[:3], y[:3])
+    assert_close64(simulated.estimate.gram, fg.last.gram)
+
+
+@pytest.mark.parametrize("options", ZOO_OPTIONS, ids=range(len(ZOO_OPTIONS)))
+def test_the_gram_matrix_of_an_earlier_call(options):
+    """Replayed where it can be, and never that of a later call."""
+    torch.manual_seed(0)
+    fg, same = (frog.ForwardGradient(Zoo().double(), per_sample, k=K, aggregate="mean", **options) for _ in range(2))
+    x, y = torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.randint(0, 5, (8,))
+    fg(x, y)
+    first = fg.last
+    fg(x, y)
+    same(x, y)
+    if options["perturb"] == "weight":
+        assert torch.equal(first.gram, same.last.gram)
+    else:
+        with pytest.raises(RuntimeError, match="gram: a later call took the place of these activities"):
+            first.gram  # noqa: B018
+    assert not torch.equal(fg.last.gram, same.last.gram)
+
+
 def test_groups_get_layer_local_gradients():
     """A group's inner parameters get the gradient that backprop inside the group gives from its output's estimate."""
     torch.manual_seed(0)

@@ -389,6 +389,19 @@ def test_lazy_modules_must_have_run(perturb):
         frog.ForwardGradient(nn.Sequential(nn.Linear(M, 4), nn.LazyLinear(C)), losses, k=1, perturb=perturb)
 
 
+def test_a_seed_log_leaves_padding_alone(tmp_path):
+    model = Padded(False)
+    start, i, y = copy.deepcopy(model), torch.randint(0, 7, (B, 5)), torch.randint(0, 7, (B,))
+    fg = frog.ForwardGradient(model, losses, k=3, perturb="weight")
+    with frog.SeedLog(tmp_path / "log", fg) as log:
+        for _ in range(3):
+            fg.derivatives(i, y)
+            log.update_(0.1)
+    frog.SeedLog.replay(tmp_path / "log", start)
+    assert all(torch.equal(p, q) for p, q in zip(start.parameters(), model.parameters()))
+    assert not model.e.weight[2].any()
+
+
 class Padded(nn.Module):
     def __init__(self, tied):
         super().__init__()

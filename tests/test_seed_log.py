@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -23,10 +24,10 @@ def estimator(model: nn.Module, **options) -> frog.ForwardGradient:
     return frog.ForwardGradient(model, nn.MSELoss(), **({"k": 3, "perturb": "weight", "seed": -7} | options))
 
 
-def run(log: SeedLog, steps: int, lr: float = 0.05) -> list[dict[str, torch.Tensor]]:
+def run(log: SeedLog, steps: int, lr: float = 0.05, first: int = 0) -> list[dict[str, torch.Tensor]]:
     """The parameters before each step, and after the last."""
     seen = [copy.deepcopy(log.fg.model.state_dict())]
-    for step in range(steps):
+    for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         log.fg.derivatives(torch.randn(4, 5, generator=generator), torch.randn(4, 3, generator=generator))
         log.update_(lr / (1 + step))
@@ -95,11 +96,66 @@ def test_an_interrupted_run_goes_on(tmp_path):
     fg = estimator(model)
     fg.load_state_dict({"seed": -7, "step": 5})
     with SeedLog(path, fg) as log:
-        for step in range(5, 8):
-            generator = torch.Generator().manual_seed(step)
-            fg.derivatives(torch.randn(4, 5, generator=generator), torch.randn(4, 3, generator=generator))
-            log.update_(0.05 / (1 + step))
+        run(log, 3, first=5)
     assert equal(model, expected[-1]) and path.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_that_starts_again_does_not_go_on_in_its_log(tmp_path):
+    path, twin = tmp_path / "log", net()
+    with SeedLog(path, estimator(net())) as log:
+        seen = run(log, 3)
+    content = path.read_bytes()
+    said = f"{re.escape(str(path))} ends with step 2 of seed -7, but fg is at step 0 of seed -7, which does not come after it"
+    with pytest.raises(ValueError, match=said):
+        SeedLog(path, estimator(net()))
+    other = estimator(net(), seed=1)
+    other.step = 3
+    for truncate in (False, True):
+        with pytest.raises(ValueError, match="ends with step 2 of seed -7, but fg is at step 3 of seed 1"):
+            SeedLog(path, other, truncate=truncate)
+    assert path.read_bytes() == content
+    assert SeedLog.replay(path, twin) == 3 and equal(twin, seen[-1])
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_a_checkpoint_that_lags_behind_the_log(tmp_path, step):
+    """Its steps are taken again and written down in the same bits, or the parameters catch up with the log."""
+    path = tmp_path / "log"
+    with SeedLog(path, estimator(net())) as log:
+        seen = run(log, 6)
+    content = path.read_bytes()
+
+    def resumed(step: int) -> frog.ForwardGradient:
+        fg = estimator(net())
+        fg.model.load_state_dict(seen[step])
+        fg.load_state_dict({"seed": -7, "step": step})
+        return fg
+
+    if step < 6:
+        with pytest.raises(ValueError, match=rf"fg is at step {step} .*truncate=True.* all 6 records, and fg.step = 6 goes on"):
+            SeedLog(path, resumed(step))
+    with SeedLog(path, resumed(step), truncate=True) as log:
+        run(log, 6 - step, first=step)
+    assert equal(log.fg.model, seen[-1]) and path.read_bytes() == content
+
+    behind = resumed(step)
+    assert SeedLog.replay(path, behind.model, start=step) == 6 - step and equal(behind.model, seen[-1])
+    behind.step = 6
+    with SeedLog(path, behind) as log:
+        seen += run(log, 1, first=6)[1:]
+    twin = net()
+    assert SeedLog.replay(path, twin) == 7 and equal(twin, seen[-1])
+
+
+def test_a_log_without_a_whole_record_starts_anew(tmp_path):
+    path, twin = tmp_path / "log", net()
+    with SeedLog(path, estimator(net())) as log:
+        run(log, 1)
+    path.write_bytes(path.read_bytes()[:-1])
+    nn.init.ones_(twin[0].bias)
+    with SeedLog(path, estimator(copy.deepcopy(twin))) as log:
+        run(log, 2)
+    assert SeedLog.replay(path, twin) == 2 and equal(twin, log.fg.model.state_dict())
 
 
 def test_frozen_parameters_and_those_that_take_no_part(tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_close64
-from torch import Tensor
+from torch import Tensor, nn
 
+import frog_cuda as frog
 from frog_cuda.tangents import Piece, Supplied, TangentSet, resolve, sample
 
 CPU = torch.device("cpu")
@@ -123,3 +126,58 @@ def test_supplied_has_no_moments():
         Supplied(random(2, 3)).second_moment(3)
     with pytest.raises(ValueError, match="no closed-form length correction"):
         Supplied(random(2, 3)).energy(2, 3)
+
+
+def modified(perturb: str, make, **options) -> tuple[frog.ForwardGradient, Tensor]:
+    """An estimator whose supplied tangents are changed in place after its forward pass, and a part of them."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    if perturb == "weight":
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+    else:
+        shapes = {"0": (4,), "2": (2,)}
+    v = make({name: random(3, *shape) for name, shape in shapes.items()})
+    fg = frog.ForwardGradient(model, nn.MSELoss(), k=3, perturb=perturb, tangents=v, **options)
+    fg.derivatives(random(6, 5), random(6, 2))
+    return fg, v if isinstance(v, Tensor) else list(v.values())[-1]
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("make", [dict, lambda v: torch.cat([t.flatten(1) for t in v.values()], 1)], ids=["dict", "tensor"])
+def test_supplied_that_changes_before_the_estimate(perturb, chunk_size, make):
+    fg, v = modified(perturb, make, chunk_size=chunk_size)
+    expected = fg.gradients()
+    fg.accumulate_()
+    before = {name: p.grad.clone() for name, p in fg.model.named_parameters()}
+    weights = copy.deepcopy(fg.model.state_dict())
+    v[0].mul_(2)  # a view of them
+    for call in (fg.gradients, fg.accumulate_, *([lambda: fg.update_(0.1)] if perturb == "weight" else [])):
+        with pytest.raises(RuntimeError, match="the tangents supplied for .* were modified in place after the forward pass"):
+            call()
+    for name, p in fg.model.named_parameters():
+        assert torch.equal(p.grad, before[name]) and torch.equal(p, weights[name])
+    v[0].div_(2)
+    fg.derivatives(random(6, 5), random(6, 2))  # reads them as they are now
+    assert all(torch.equal(g, expected[name]) for name, g in fg.gradients().items())
+
+
+def test_supplied_that_changes_after_a_custom_estimate():
+    fg, v = modified("weight", dict, aggregate=lambda v, d: d @ v)
+    expected = fg.gradients()
+    v.zero_()
+    assert all(torch.equal(g, expected[name]) for name, g in fg.gradients().items())
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+def test_supplied_that_changes_before_the_gram_matrix(perturb):
+    fg, v = modified(perturb, dict, aggregate="mean")
+    v.zero_()
+    with pytest.raises(RuntimeError, match="gram: the tangents supplied for .* were modified in place"):
+        fg.last.gram  # noqa: B018
+
+
+def test_supplied_in_inference_mode():
+    """Such tensors have no count of changes."""
+    with torch.inference_mode():
+        fg, _ = modified("weight", dict)
+        assert fg.gradients()

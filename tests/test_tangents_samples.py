@@ -135,7 +135,7 @@ def again():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("block", [1, 500, 1 << 17])
 def test_same_bits_whatever_the_chunk(dtype, per_sample, block, monkeypatch):
-    monkeypatch.setattr("frog_cuda.activity._GRAM_BLOCK", block)  # of which one sample, some or all make a block
+    monkeypatch.setattr("frog_cuda.segments._GRAM_BLOCK", block)  # of which one sample, some or all make a block
     found = [estimate(net(dtype), chunk_size=chunk, per_sample=per_sample) for chunk in (None, 1, 4)]
     for other in found[1:]:
         assert torch.equal(found[0].last.gram, other.last.gram)

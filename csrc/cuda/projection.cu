@@ -19,11 +19,12 @@ std::tuple<Tensor, Tensor> cholesky_project(const Tensor& gram, const Tensor& de
   const OnDevice stream(gram);
   const Tensor g = torch::stable::contiguous(to_dtype(gram, ScalarType::Double));         // [b, k, k]
   const Tensor d = torch::stable::contiguous(to_dtype(derivatives, ScalarType::Double));  // [b, k, r]
-  Tensor work = new_on(g, {k > kSharedProjection ? b * k * k : 0}, ScalarType::Double);
+  const ProjectionPlan plan = projection_plan(k, shared_memory_of_device());
+  Tensor work = new_on(g, {plan.matrix_shared ? 0 : b * k * k}, ScalarType::Double);
   Tensor c = new_on(g, shape_of(derivatives), ScalarType::Double);                                        // [b, k, r]
   Tensor rank = new_on(g, batched ? std::vector<int64_t>{b} : std::vector<int64_t>{}, ScalarType::Long);  // [b]
-  launch_projection(in<double>(g), in<double>(d), rtol, out<double>(work), out<double>(c), out<int64_t>(rank), b, k, r,
-                    stream);
+  launch_projection(plan, in<double>(g), in<double>(d), rtol, out<double>(work), out<double>(c), out<int64_t>(rank), b,
+                    k, r, stream);
   return {c, rank};
 }
 

@@ -29,6 +29,9 @@ FLAGS = (
     "-fsanitize=address,undefined -fno-sanitize-recover=all"
 ).split()
 
+#: bytes of shared memory that a block may have on compute capability 8.6, 8.9 and 12.0, where it is least
+SMALLEST_SHARED = 99 * 1024
+
 
 class Out(NamedTuple):
     """A result: memory filled with NaN, returned after the run. ``skew`` bytes are left before it."""
@@ -141,18 +144,19 @@ class Kernels:
         )
         return self._process
 
-    def run(self, name: str, *arguments: object, seed: int = 0) -> list[Tensor]:
+    def run(self, name: str, *arguments: object, seed: int = 0, shared: int = SMALLEST_SHARED) -> list[Tensor]:
         """Calls the exported function with tensors, None, integers and floats; returns each Out and InOut in order.
 
         Arguments:
             seed: of the order in which threads run.
+            shared: bytes of shared memory that the device lets a block have.
         Raises:
             KernelError: the kernel broke a rule; the message is that of the sanitizer or of the emulation.
         """
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None and self._errors is not None
         try:
-            pickle.dump((name, seed, [_encode(a) for a in arguments]), process.stdin)
+            pickle.dump((name, seed, shared, [_encode(a) for a in arguments]), process.stdin)
             process.stdin.flush()
             results = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):

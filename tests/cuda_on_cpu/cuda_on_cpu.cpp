@@ -226,6 +226,11 @@ void fail(const char* format, ...) {
 
 void* shared_memory() { return block.shared; }
 
+size_t shared_memory_of_device() {
+  const char* bytes = std::getenv("CUDA_ON_CPU_SHARED");
+  return bytes ? std::strtoull(bytes, nullptr, 10) : 99 * 1024;
+}
+
 unsigned lane() { return static_cast<unsigned>(index_of(*block.running) % kLanes); }
 
 void block_barrier(int line) {
@@ -321,7 +326,9 @@ void run(const std::function<void()>& body, dim3 grid, dim3 threads, size_t shar
   if (count == 0 || count > 1024) fail("a block of %llu threads", static_cast<unsigned long long>(count));
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) fail("an empty grid");
   if (grid.y > 65535 || grid.z > 65535) fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
-  if (shared > 227 * 1024) fail("%zu bytes of shared memory", shared);
+  if (shared > shared_memory_of_device()) {
+    fail("%zu bytes of shared memory on a device that has %zu", shared, shared_memory_of_device());
+  }
   const char* seed = std::getenv("CUDA_ON_CPU_SEED");
   random_state = 0x9E3779B97F4A7C15u ^ (seed ? std::strtoull(seed, nullptr, 10) * 0x2545F4914F6CDD1Du : 0);
   block.body = &body;

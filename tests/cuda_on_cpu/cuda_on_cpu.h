@@ -68,6 +68,9 @@ extern Thread* current;
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 void* shared_memory();
+/// Bytes that a block may have; a launch that asks for more ends the program. 99 KiB, as on the smallest devices, or
+/// what the environment variable CUDA_ON_CPU_SHARED says.
+size_t shared_memory_of_device();
 void block_barrier(int line);
 /// Leaves `bytes` of `value` for the other lanes of `mask` and waits for theirs: returns 32 slots of kSlotBytes.
 const unsigned char* exchange(uint32_t mask, const void* value, size_t bytes, const char* what, int line);
@@ -199,8 +202,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
 /// Few, so that every kernel that strides over its work has to.
 inline int64_t blocks_of_device(int per_multiprocessor) { return per_multiprocessor; }
 
-/// That of the smallest device.
-inline int64_t shared_memory_of_device() { return 99 * 1024; }
+inline int64_t shared_memory_of_device() { return static_cast<int64_t>(cuda_on_cpu::shared_memory_of_device()); }
 
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);

@@ -116,4 +116,7 @@ EXPORTED(convert)
   launch(kernels::convert, dim3(n / 256), dim3(256), 0, nullptr, half, brain, halves, brains, x, to_half, to_brain);
 }
 EXPORTED(votes)(int64_t* out) { launch(kernels::votes, dim3(1), dim3(32), 0, nullptr, out); }
+EXPORTED(shared_bytes)(float* out, int64_t bytes) {
+  launch(kernels::half_a_warp, dim3(1), dim3(32), static_cast<size_t>(bytes), nullptr, out, true);
+}
 EXPORTED(empty_grid)(float* out) { launch(kernels::divergent, dim3(0), dim3(32), 0, nullptr, out); }

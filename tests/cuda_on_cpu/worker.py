@@ -23,10 +23,11 @@ def main(library_path: str) -> None:
     os.dup2(2, 1)
     while True:
         try:
-            name, seed, arguments = pickle.load(sys.stdin.buffer)
+            name, seed, shared, arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         os.environ["CUDA_ON_CPU_SEED"] = str(seed)
+        os.environ["CUDA_ON_CPU_SHARED"] = str(shared)
         values, blocks, wanted = [], [], []
         for kind, value in arguments:
             if kind in ("in", "out", "inout"):

@@ -1,7 +1,8 @@
 // Pivoted Cholesky and its solves; csrc/cpu/projection.cpp says what is computed and why.
 //
-// One block per Gram matrix. The matrix lies in shared memory up to k = kSharedProjection; a larger one is factorised
-// in global memory. Cost is latency: 5 barriers a column, k <= 64 takes less time than drawing the tangents.
+// One block per Gram matrix. The matrix lies in shared memory where it fits what the device has, with k <= 107 on any;
+// a larger one is factorised in global memory. Cost is latency: 5 barriers a column, k <= 64 takes less time than
+// drawing the tangents.
 #pragma once
 
 #include "platform.cuh"
@@ -9,11 +10,32 @@
 namespace frog {
 
 constexpr int kProjectionThreads = 256;
+constexpr int kProjectionWarps = kProjectionThreads / kWarp;
+/// Larger matrices than this are factorised in global memory on every device.
 constexpr int64_t kSharedProjection = 128;
-/// Scales, order and solutions lie in shared memory for any k: 84 bytes a tangent.
 constexpr int64_t kMostProjected = 2048;
 /// Right-hand sides of one block, from which on each thread solves one; fewer are solved by a warp each.
 constexpr int64_t kManySides = kWarp;
+
+/// Where a projection keeps what it works on.
+struct ProjectionPlan {
+  bool matrix_shared;  // the matrix in shared memory, not in global
+  int solvers;         // warps that each solve for a right-hand side of their own in shared memory
+  int64_t bytes;       // of shared memory
+};
+
+/// As much as fits `available` bytes of shared memory: scales and order, 12 bytes a tangent, and one solution always;
+/// of the other solutions, 8 bytes a tangent each, as many as there is room for.
+constexpr ProjectionPlan projection_plan(int64_t k, int64_t available) {
+  const int64_t row = k * int64_t{sizeof(double)};
+  const int64_t fixed = row + int64_t{sizeof(double)} + (k + 2 + 1) / 2 * 2 * int64_t{sizeof(int)};
+  const int64_t whole = fixed + (kProjectionWarps + k) * row;
+  if (k <= kSharedProjection && whole <= available) return {true, kProjectionWarps, whole};
+  const int64_t room = (available - fixed) / row;
+  const int solvers = static_cast<int>(room < kProjectionWarps ? room : kProjectionWarps);
+  return {false, solvers, fixed + solvers * row};
+}
+static_assert(projection_plan(kMostProjected, 48 * 1024).solvers >= 1, "what any device permits");
 
 // Lowest index of the largest value over the warp; `index` of every lane is different.
 __device__ inline void warp_argmax(double& value, int& index) {
@@ -28,24 +50,24 @@ __device__ inline void warp_argmax(double& value, int& index) {
 }
 
 // gram [b, k, k], derivatives [b, k, r] -> coefficients [b, k, r], rank [b]. A matrix with a negative, infinite or NaN
-// entry where none may be gives NaN coefficients and rank -1: a kernel cannot raise. work [b, k, k] if k >
-// kSharedProjection. grid (b, parts of r).
+// entry where none may be gives NaN coefficients and rank -1: a kernel cannot raise. work [b, k, k], null where the
+// matrix lies in shared memory. grid (b, parts of r).
 __global__ void __launch_bounds__(kProjectionThreads)
     projection_kernel(const double* __restrict__ gram, const double* __restrict__ derivatives, double rtol,
                       double* __restrict__ work, double* __restrict__ coefficients, int64_t* __restrict__ ranks, int k,
-                      int64_t r, int64_t sides) {
+                      int64_t r, int64_t sides, int solvers) {
   FROG_SHARED(double, shared);
-  double* const scale = shared;                                     // [k]
-  double* const solution = scale + k;                               // [warps, k], for few right-hand sides
-  double* const found = solution + kProjectionThreads / kWarp * k;  // [1] the pivot before its root
-  int* const order = reinterpret_cast<int*>(found + 1);             // [k]
-  int* const best = order + k;                                      // [1]
-  int* const bad = best + 1;                                        // [1]
-  // 8-byte aligned whatever k is
-  double* const in_shared = reinterpret_cast<double*>(order + (k + 2 + 1) / 2 * 2);
+  double* const scale = shared;                          // [k]
+  double* const found = scale + k;                       // [1] the pivot before its root
+  int* const order = reinterpret_cast<int*>(found + 1);  // [k]
+  int* const best = order + k;                           // [1]
+  int* const bad = best + 1;                             // [1]
+  // [solvers, k], for few right-hand sides; 8-byte aligned whatever k is
+  double* const solution = reinterpret_cast<double*>(order + (k + 2 + 1) / 2 * 2);
+  double* const in_shared = solution + kProjectionWarps * k;
   const int t = static_cast<int>(threadIdx.x), threads = kProjectionThreads;
   const double* const g = gram + static_cast<int64_t>(blockIdx.x) * k * k;
-  double* const a = k <= kSharedProjection ? in_shared : work + static_cast<int64_t>(blockIdx.x) * k * k;  // [k, k]
+  double* const a = work == nullptr ? in_shared : work + static_cast<int64_t>(blockIdx.x) * k * k;  // [k, k]
 
   if (t == 0) *bad = 0;
   __syncthreads();
@@ -144,8 +166,9 @@ __global__ void __launch_bounds__(kProjectionThreads)
     return;
   }
   const int lane = t % kWarp, warp = t / kWarp;
+  if (warp >= solvers) return;
   double* const y = solution + warp * k;  // [rank]
-  for (int64_t s = first + warp; s < last; s += kProjectionThreads / kWarp) {
+  for (int64_t s = first + warp; s < last; s += solvers) {
     for (int i = lane; i < rank; i += kWarp) y[i] = d[order[i] * r + s] * scale[order[i]];
     __syncwarp();
     for (int j = 0; j < rank; ++j) {  // column by column: lanes share the update of what follows
@@ -166,20 +189,19 @@ __global__ void __launch_bounds__(kProjectionThreads)
 }
 
 /// Right-hand sides of one block: all of them where each needs the only copy of a large matrix.
-inline int64_t projection_sides(int64_t k, int64_t r) {
-  return k > kSharedProjection || r < kProjectionThreads ? r : kProjectionThreads;
+inline int64_t projection_sides(bool matrix_shared, int64_t r) {
+  return !matrix_shared || r < kProjectionThreads ? r : kProjectionThreads;
 }
 
-inline void launch_projection(const double* gram, const double* derivatives, double rtol, double* work,
-                              double* coefficients, int64_t* rank, int64_t b, int64_t k, int64_t r,
+inline void launch_projection(const ProjectionPlan& plan, const double* gram, const double* derivatives, double rtol,
+                              double* work, double* coefficients, int64_t* rank, int64_t b, int64_t k, int64_t r,
                               cudaStream_t stream) {
   if (b == 0) return;
-  const int64_t sides = r == 0 ? 1 : projection_sides(k, r);
+  const int64_t sides = r == 0 ? 1 : projection_sides(plan.matrix_shared, r);
   const int64_t parts = r == 0 ? 1 : ceil_div(r, sides);
-  const size_t doubles = k + kProjectionThreads / kWarp * k + 1 + (k <= kSharedProjection ? k * k : 0);
-  const size_t shared = doubles * sizeof(double) + (k + 2 + 1) / 2 * 2 * sizeof(int);
-  launch(projection_kernel, dim3(b, parts), dim3(kProjectionThreads), shared, stream, gram, derivatives, rtol, work,
-         coefficients, rank, static_cast<int>(k), r, sides);
+  launch(projection_kernel, dim3(b, parts), dim3(kProjectionThreads), static_cast<size_t>(plan.bytes), stream, gram,
+         derivatives, rtol, plan.matrix_shared ? nullptr : work, coefficients, rank, static_cast<int>(k), r, sides,
+         plan.solvers);
 }
 
 }  // namespace frog

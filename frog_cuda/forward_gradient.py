@@ -165,6 +165,7 @@ class ForwardGradient:
         Raises:
             ValueError: loss neither a scalar nor (B,), not depending on what is perturbed, or layers' outputs that do not fit.
             FloatingPointError: the loss or a derivative is NaN or infinite. No ``.grad`` is touched where anything is raised.
+            RuntimeError: parameters or modules of the model were replaced, or ``requires_grad`` has changed.
             NotImplementedError: neither a rule nor PyTorch's forward mode knows an operation; names it and the module that
                 called it.
         """

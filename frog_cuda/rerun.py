@@ -26,12 +26,18 @@ class Finished(BaseException):
 
 
 def snapshot(tree: Any) -> Any:
-    """Values as they are now, whatever writes into the tensors later."""
+    """Values as they are now, whatever writes into the tensors later. What is the same tensor stays so, as the query, key and
+    value of self-attention are."""
+    seen: dict[int, Any] = {}
 
     def of(leaf: Any) -> Any:
-        if isinstance(leaf, DualTensor):  # lies beside its tangents, which the value alone would keep alive
-            return leaf.primal.clone()
-        return copy_if_written(leaf.detach()) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in seen:
+            # A DualTensor's value lies beside its tangents, which it alone would keep alive
+            value = leaf.primal.clone() if isinstance(leaf, DualTensor) else copy_if_written(leaf.detach())
+            seen[id(leaf)] = value
+        return seen[id(leaf)]
 
     return tree_map(of, tree)
 

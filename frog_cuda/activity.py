@@ -129,7 +129,7 @@ class ActivityPerturbation:
 
     def beginning(self, inputs: Inputs, passes: int = 1) -> Trace:
         """An empty trace, with what is needed where the pass is repeated."""
-        trace = Trace()
+        trace = Trace(pieces=self._pieces)
         if passes > 1 or self._repeats_passes:
             trace.numbers = RandomNumbers(self.parameters.values(), self.model.modules())
         if self._repeats_passes:
@@ -393,10 +393,7 @@ class ActivityPerturbation:
             outputs.append(y)
             return y
 
-        def end() -> None:
-            raise Finished
-
-        with self._hooked(Trace(), cut, at_end=(call.group, end)):
+        with self._hooked(Trace(), cut, again=True, until=call.group):
             call.again(call.group.name)
         return outputs
 
@@ -413,23 +410,23 @@ class ActivityPerturbation:
             return y.detach()
 
         assert trace.numbers is not None and trace.buffers is not None
-        with torch.enable_grad(), trace.numbers.replayed(), self._hooked(again, cut), suppress(Finished):
+        with torch.enable_grad(), trace.numbers.replayed(), suppress(Finished), self._hooked(again, cut, again=True):
             args, kwargs = snapshot(trace.inputs)
             functional_call(self.model, {name: b.clone() for name, b in trace.buffers.items()}, args, kwargs)
         return outputs
 
     @contextmanager
-    def _hooked(self, trace: Trace, perturb: Perturb, at_end: tuple[Group, Callable[[], None]] | None = None) -> Iterator[None]:
-        """Passes each output of a perturbed layer through ``perturb``; fills ``trace`` in the order of the calls. ``at_end``: a
-        layer, and what is called once it has run."""
+    def _hooked(self, trace: Trace, perturb: Perturb, again: bool = False, until: Group | None = None) -> Iterator[None]:
+        """Passes each output of a perturbed layer through ``perturb``; fills ``trace`` in the order of the calls. ``again``: no
+        layer has to run another time. ``until``: a layer whose end is the end."""
         trace.segments, trace.offset = [], 0
         calls: list[Call] = []
         handles = []
 
         def hook(group: Group) -> None:
             # The first hook of all: what the layer itself returns is perturbed, whatever others make of it
-            rule = group.closed_form()
-            if rule is None and len(group.members) == 1:
+            runs_again = not again and len(group.members) == 1 and group.closed_form() is None
+            if runs_again:
 
                 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                     calls.append(Call(group, args, kwargs))
@@ -437,10 +434,10 @@ class ActivityPerturbation:
                 handles.append(group.output.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
 
             def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-                call = calls.pop() if rule is None and len(group.members) == 1 else None
+                call = calls.pop() if runs_again else None
                 output = self._visit(trace, group, call, args[0] if args else kwargs.get("input"), output, perturb)
-                if at_end is not None and at_end[0] is group:
-                    at_end[1]()
+                if group is until:
+                    raise Finished
                 return output
 
             handles.append(group.output.register_forward_hook(after, prepend=True, with_kwargs=True))
@@ -466,11 +463,8 @@ class ActivityPerturbation:
                 leaves[i] = y.movedim(0, axis) if axis else y
                 seen += 1
         if not seen:
-            what = (
-                f"{tuple(value.shape)} {value.dtype}"
-                if isinstance(value := primal_of(output), Tensor)
-                else type(output).__name__
-            )
+            value = primal_of(output)
+            what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"layers: the output of {group.name} is {what}; expected a real floating point tensor (B, *)")
         return tree_unflatten(leaves, spec) if spec is not None else leaves[0]
 
@@ -495,9 +489,9 @@ class ActivityPerturbation:
     def _piece(self, trace: Trace, name: str, shape: tuple[int, ...]) -> Piece:
         """The next piece of the tangent vector. That of the pass before serves again where it is the same."""
         at = len(trace.segments)
-        known = self._pieces[at] if at < len(self._pieces) else None
+        known = trace.pieces[at] if at < len(trace.pieces) else None
         if known is None or known.offset != trace.offset or known.shape != shape or known.name != name:
             known = Piece(name, tuple(shape), trace.offset)
-            self._pieces[at:] = [known]
+            trace.pieces[at:] = [known]
         trace.offset += known.numel
         return known

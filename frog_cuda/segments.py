@@ -42,6 +42,7 @@ class Trace:
 
     segments: list[Segment] = field(default_factory=list)
     offset: int = 0  # of the next segment in the tangent vector
+    pieces: list[Piece] = field(default_factory=list)  # of the passes before, which serve again where they are the same
     scale: float = 1.0  # of a sample's gradient in that of the mean loss
     numbers: RandomNumbers | None = None
     buffers: dict[str, Any] | None = None

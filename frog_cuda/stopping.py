@@ -31,7 +31,6 @@ class _Local(threading.local):
 _local = _Local()
 _lock = threading.Lock()
 _passes = 0
-_originals: list[tuple[type, str, Callable[..., Any]]] = []
 
 
 def stopped() -> bool:
@@ -56,7 +55,8 @@ def stopping_at_no_grad() -> Iterator[None]:
     with _lock:
         _passes += 1
         if _passes == 1:
-            _watch()
+            for owner, name, noting, _ in _METHODS:
+                setattr(owner, name, noting)
     try:
         yield
     finally:
@@ -64,43 +64,45 @@ def stopping_at_no_grad() -> Iterator[None]:
         with _lock:
             _passes -= 1
             if _passes == 0:
-                while _originals:
-                    owner, name, original = _originals.pop()
+                for owner, name, _, original in _METHODS:
                     setattr(owner, name, original)
 
 
-def _watch() -> None:
-    """Lets the context managers of PyTorch tell that they are entered and left."""
+def _stop(entered: list[bool], args: tuple[Any, ...]) -> None:
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    entered.append(not caller.startswith(_CALLERS_THAT_DIFFERENTIATE))
 
-    def replace(owner: type, name: str, note: Callable[[list[bool], tuple[Any, ...]], None]) -> None:
-        original = getattr(owner, name)
 
-        @functools.wraps(original)
-        def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if _local.entered is not None:
-                note(_local.entered, (*args, *kwargs.values()))
-            return original(self, *args, **kwargs)
+def _go_on(entered: list[bool], args: tuple[Any, ...]) -> None:
+    entered.append(False)
 
-        _originals.append((owner, name, original))
-        setattr(owner, name, noting)
 
-    def stop(entered: list[bool], args: tuple[Any, ...]) -> None:
-        caller = sys._getframe(2).f_globals.get("__name__", "")
-        entered.append(not caller.startswith(_CALLERS_THAT_DIFFERENTIATE))
+def _switch(entered: list[bool], args: tuple[Any, ...]) -> None:
+    if sys._getframe(2).f_globals.get("__name__") != torch.no_grad.__module__:  # which switches by this one
+        entered.append(not args[0])
 
-    def go_on(entered: list[bool], args: tuple[Any, ...]) -> None:
-        entered.append(False)
 
-    def switch(entered: list[bool], args: tuple[Any, ...]) -> None:
-        if sys._getframe(2).f_globals.get("__name__") != torch.no_grad.__module__:  # which switches by this one
-            entered.append(not args[0])
+def _leave(entered: list[bool], args: tuple[Any, ...]) -> None:
+    if entered:
+        entered.pop()
 
-    def leave(entered: list[bool], args: tuple[Any, ...]) -> None:
-        if entered:
-            entered.pop()
 
-    replace(torch.no_grad, "__enter__", stop)
-    replace(torch.enable_grad, "__enter__", go_on)
-    replace(torch.set_grad_enabled, "__init__", switch)
-    for owner in (torch.no_grad, torch.enable_grad, torch.set_grad_enabled):
-        replace(owner, "__exit__", leave)
+def _noting(owner: type, name: str, note: Callable[[list[bool], tuple[Any, ...]], None]) -> tuple[type, str, Any, Any]:
+    """A method of a context manager of PyTorch that notes when it is entered or left, and the method as it was."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _local.entered is not None:
+            note(_local.entered, (*args, *kwargs.values()))
+        return original(self, *args, **kwargs)
+
+    return owner, name, noting, original
+
+
+_METHODS = [
+    _noting(torch.no_grad, "__enter__", _stop),
+    _noting(torch.enable_grad, "__enter__", _go_on),
+    _noting(torch.set_grad_enabled, "__init__", _switch),
+    *(_noting(owner, "__exit__", _leave) for owner in (torch.no_grad, torch.enable_grad, torch.set_grad_enabled)),
+]

@@ -103,8 +103,10 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     for j, d in zip(wanted, d_outs, strict=True):
         if j in connected:
-            # in the layout of other tangents, k outermost
-            outs[j] = wrap(outs[j], d.contiguous(), low)
+            d = d.contiguous()  # in the layout of other tangents, k outermost
+            if not is_view and any(torch._C._is_alias_of(d, t) for t in tangents):
+                d = d.clone()  # frac and the likes of squeeze_copy hand a tangent on as it is
+            outs[j] = wrap(outs[j], d, low)
             if is_view:
                 outs[j]._readonly = f"a view made by {func}, whose tangents are a copy"
     return tree_unflatten(outs, out_spec)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass, _AutoDispatchBelowAutograd
 
+from . import _copies
 from .low_rank import Factors
 
 __all__ = ["DualTensor", "SampledTangents", "add_activity", "aten", "primal_of", "rule", "tangents_of"]
@@ -191,6 +192,12 @@ class DualTensor(torch.Tensor):
         """Overwrites value and tangents in place, so that views of this tensor and its base see both; None means zeros."""
         if self._readonly is not None:
             raise RuntimeError(f"{name}{called_from()}: in-place operation on {self._readonly}; clone() it first")
+        view = _copies.missing(self, self._primal)  # not the tensor itself, which an error would keep alive
+        if view is not None:
+            raise RuntimeError(
+                f"{name}{called_from()}: this in-place operation would be missed by a view that is still in use: {view}; "
+                "clone() the view, or the tensor before it is viewed"
+            )
         if primal.shape != self._primal.shape or not torch.can_cast(primal.dtype, self._primal.dtype):
             raise RuntimeError(
                 f"{name}: the in-place result has shape {tuple(primal.shape)} and dtype {primal.dtype}, which does not fit a "
@@ -210,6 +217,11 @@ class DualTensor(torch.Tensor):
         self._activity = None
         self.sampled = None
         return self
+
+    def _copied_from(self, seen: Tensor, why: str) -> None:
+        """Makes this a view that may not be written, nor what it views as long as it lives; ``seen``: that memory."""
+        self._readonly = why
+        _copies.remember(self, seen)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         how = "sampled tangents" if self.sampled is not None else "tangents"
@@ -369,7 +381,10 @@ def called_from() -> str:
     modules: list[torch.nn.Module] = []
     frame = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
+        code = frame.f_code
+        # Reading the variables of a frame keeps them alive
+        named = "self" in code.co_varnames or "self" in code.co_cellvars or "self" in code.co_freevars
+        owner = frame.f_locals.get("self") if named else None
         if isinstance(owner, torch.nn.Module):
             modules.append(owner)
         frame = frame.f_back  # type: ignore[assignment]

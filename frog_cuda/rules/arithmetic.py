@@ -59,7 +59,7 @@ for _name, _derivative in DERIVATIVES.items():
     aten(getattr(_aten, _name).default)(_unary(_derivative))
 
 
-@aten(_aten.neg.default, _aten.conj_physical.default, _aten.positive.default)
+@aten(_aten.neg.default, _aten.conj_physical.default)
 def neg(func: Any, x: Any) -> Any:
     value, tangents = parts(x)
     return func(value) if tangents is None else wrap(func(value), func(tangents), low_dtype(x))

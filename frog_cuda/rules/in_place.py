@@ -117,7 +117,7 @@ def reshape_(func: Any, target: Any, *args: Any) -> Any:
     moved = _aten.transpose.int(target, *args) if func in _SWAPS else _out_of_place(func)(target, *args)
     with torch._C._DisableTorchDispatch():
         func(target, *args)  # shape and strides of the wrapper, which has no memory
-    target._primal, target._tangents, target._readonly = moved._primal, moved._tangents, moved._readonly
+    target._primal, target._tangents = moved._primal, moved._tangents
     target.sampled = None
     return target
 

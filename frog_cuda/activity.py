@@ -22,6 +22,7 @@ from . import ops
 from ._checks import flat, warn
 from ._deferred import deferring
 from .aggregate import Aggregate, Custom
+from .custom_functions import intercepted
 from .dual import DualTensor, perturbed, primal_of
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
@@ -178,7 +179,7 @@ class ActivityPerturbation:
                 segment.grams = torch.cat([_grams(v[:, rows]) for rows in _blocks(segment, len(v))])
             return perturbed(y, v)
 
-        with torch.no_grad(), self._hooked(perturb):
+        with torch.no_grad(), intercepted(), self._hooked(perturb):
             inputs = step.inputs
             output = (
                 self.model(*inputs[0], **inputs[1])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import dual
+from .custom_functions import intercepted
 from .dual import DualTensor
 from .nn import DROP_IN
 from .rules import fallback
@@ -115,8 +116,8 @@ def coverage(model: nn.Module, input: Any) -> Coverage:
     args, kwargs = (input, {}) if isinstance(input, tuple) else ((), input) if isinstance(input, dict) else ((input,), {})
     found, path = Coverage(), [""]
     state: dict[str, Any] = {name: b.clone() for name, b in model.named_buffers()}
-    state |= {name: _dual(p) for name, p in model.named_parameters()}
-    with torch.no_grad(), _paths(model, path), _recorded(found, path):
+    with torch.no_grad(), intercepted(), _paths(model, path), _recorded(found, path):
+        state |= {name: _dual(p) for name, p in model.named_parameters()}
         try:
             functional_call(model, state, tuple(map(_dual, args)), {n: _dual(a) for n, a in kwargs.items()})
         except NotImplementedError as error:

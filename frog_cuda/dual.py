@@ -137,6 +137,7 @@ class DualTensor(torch.Tensor):
         tangents = resolve(tangents.detach())
         if torch._debug_has_internal_overlap(tangents) == 1:  # expanded: could not be written to in place
             tangents = tangents.clone(memory_format=torch.contiguous_format)
+        custom_functions.stay()
         return _make(resolve(primal.detach()), tangents, tangents.shape[0])
 
     @staticmethod
@@ -150,6 +151,7 @@ class DualTensor(torch.Tensor):
             raise ValueError(f"DualTensor.sampled_from: sampled.k is {sampled.k}; at least 1 tangent is needed")
         if primal.is_complex():
             raise TypeError(f"DualTensor.sampled_from: primal has dtype {primal.dtype}; sampled tangents are real")
+        custom_functions.stay()
         dual = _make(resolve(primal.detach()), None, sampled.k)
         dual.sampled = sampled
         return dual
@@ -448,4 +450,4 @@ def perturbed(t: Tensor, v: Tensor) -> DualTensor:
 
 
 # The rules register themselves with the tables above and need the names of this module, hence the place.
-from . import rules  # noqa: E402
+from . import custom_functions, rules  # noqa: E402

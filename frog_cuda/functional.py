@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._deferred import deferring
+from .custom_functions import intercepted
 from .dual import DualTensor
 
 __all__ = ["jvp"]
@@ -58,7 +59,7 @@ def jvp(fn: Callable[..., Any], primals: Any, tangents: Any, *, chunk_size: int 
     values: list[Tensor] = []
     columns: list[list[Tensor]] = []
     numbers = RandomNumbers(flat) if len(starts) > 1 else None
-    with torch.no_grad():
+    with torch.no_grad(), intercepted():
         for start in starts:
             if numbers is not None:
                 numbers.rewind()

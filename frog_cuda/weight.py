@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from ._checks import flat
 from .aggregate import Aggregate, Custom
+from .custom_functions import intercepted
 from .dual import DualTensor, SampledTangents
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
@@ -123,10 +124,11 @@ class WeightPerturbation:
         moves_buffers: bool,
     ) -> tuple[Tensor, Tensor]:
         """Loss and derivatives of one forward pass, as :func:`read_loss` gives them."""
-        state: dict[str, Any] = {piece.name: self._dual(step, piece, chunk, grams, touched) for piece in self.pieces}
-        if not moves_buffers:
-            state |= copied_buffers(self.model)
-        return read_loss(step.loss_fn(functional_call(self.model, state, *step.inputs), step.target))
+        with intercepted():
+            state: dict[str, Any] = {piece.name: self._dual(step, piece, chunk, grams, touched) for piece in self.pieces}
+            if not moves_buffers:
+                state |= copied_buffers(self.model)
+            return read_loss(step.loss_fn(functional_call(self.model, state, *step.inputs), step.target))
 
     def probe(self, step: Step, chunk: range) -> int:
         """A pass that leaves no trace. Returns the bytes of tangents, for each, that a step keeps after its pass."""

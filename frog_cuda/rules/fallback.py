@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,6 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..dual import DualTensor, called_from, resolve
 from .helpers import common_k, low_dtype, parts, share_memory, wrap
+
+#: PyTorch's forward mode counts its levels for the whole process: one thread at a time
+_levels = threading.RLock()
 
 # A rule runs with the autograd keys switched off, and so would everything inside torch.func.jvp. These are the dispatch keys of
 # an ordinary call at top level.
@@ -102,7 +106,7 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
         connected.update(j for j, r in zip(wanted, results, strict=True) if forward_ad.unpack_dual(r).tangent is not None)
         return tuple(results)
 
-    with _top_level():
+    with _levels, _top_level():
         d_outs = _push(func, one, primals, tangents, k, rewind)
     if not connected:
         # PyTorch hands back zeros for an operator whose derivative nobody has registered, such as a Bessel function

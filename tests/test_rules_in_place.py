@@ -31,6 +31,7 @@ CHANGES = {
     "zero_": lambda y: y[:2].zero_(),
     "fill_": lambda y: (y[0].fill_(3.0), y[1].fill_(y[2, 0])),
     "copy_": lambda y: (y[0].copy_(y[1]), y[2:4].copy_(y[5]), y[6].copy_(torch.ones(33))),
+    "copy_ of numbers": lambda y: (y[0].copy_(2), y[1].copy_(0.5)),
     "setitem": lambda y: (y.__setitem__(0, 5.0), y.__setitem__((slice(1, 3), 2), y[3, 4] * y[3, 5])),
     "setitem with indices": lambda y: y.__setitem__(torch.tensor([0, 2]), y[4:6] * 2),
     "setitem with a mask": lambda y: y.__setitem__(y > 0, 0.5),

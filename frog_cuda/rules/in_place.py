@@ -50,6 +50,8 @@ def _out_of_place(func: Any) -> Any:
 @aten(_aten.copy_.default)
 def copy_(func: Any, target: Any, source: Any, non_blocking: bool = False) -> Any:
     _check_target(func, target)
+    if not isinstance(source, torch.Tensor):  # a number
+        return target._write(torch.full_like(target._primal, source), None, func)
     value, tangents = parts(source)
     if tangents is not None:
         tangents = full(lift(tangents, target), target)

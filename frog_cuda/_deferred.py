@@ -5,6 +5,7 @@ Reading a value waits for the device, which a captured graph cannot do.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,28 +20,33 @@ class Condition(NamedTuple):
     error: Callable[[], Exception]
 
 
-_collected: list[Condition] | None = None
+class _Here(threading.local):
+    """Of each thread its own: one captures a graph while another goes on as usual."""
+
+    collected: list[Condition] | None = None
+
+
+_here = _Here()
 
 
 def deferring() -> bool:
     """Whether conditions are being collected, so that no value may be read."""
-    return _collected is not None
+    return _here.collected is not None
 
 
 @contextmanager
 def deferred() -> Iterator[list[Condition]]:
     """Inside, conditions are collected in the list that is yielded; nothing is raised."""
-    global _collected
-    before, _collected = _collected, []
+    before, _here.collected = _here.collected, []
     try:
-        yield _collected
+        yield _here.collected
     finally:
-        _collected = before
+        _here.collected = before
 
 
 def require(passed: Tensor, error: Callable[[], Exception]) -> None:
     """Raises ``error()`` unless ``passed``, now or, where that is deferred, by whoever collects."""
-    if _collected is not None:
-        _collected.append(Condition(passed, error))
+    if _here.collected is not None:
+        _here.collected.append(Condition(passed, error))
     elif not bool(passed):
         raise error()

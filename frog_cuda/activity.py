@@ -21,6 +21,7 @@ from . import ops
 from ._checks import flat, warn
 from ._deferred import deferring
 from .aggregate import Aggregate, Custom
+from .custom_functions import intercepted
 from .dual import DualTensor, perturbed, primal_of
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
@@ -169,7 +170,7 @@ class ActivityPerturbation:
                 segment.grams = torch.cat([grams(v[:, rows]) for rows in blocks(segment, len(v))])
             return perturbed(y, v)
 
-        with torch.no_grad(), stopping_at_no_grad(), self._hooked(trace, perturb):
+        with torch.no_grad(), stopping_at_no_grad(), intercepted(), self._hooked(trace, perturb):
             if moves_buffers:  # the last pass; the others leave buffers, inputs and target as they were
                 output, target = self.model(*step.inputs[0], **step.inputs[1]), step.target
             else:
@@ -179,12 +180,12 @@ class ActivityPerturbation:
         forget_duals(self.model)
         return passed
 
-    def probe(self, step: Step, chunk: range) -> int:
-        """A pass without consequences. Returns the bytes of tangents, for each, that a step keeps after its pass; what it keeps
-        lives as long as the next probe."""
-        self._probed = Trace()
-        self._pass(self._probed, step, chunk, False)
-        return sum(v.nbytes for s in self._probed.segments for v in s.tangents) // len(chunk)
+    def probe(self, step: Step, chunk: range) -> tuple[int, Trace]:
+        """A pass without consequences. Returns the bytes of tangents, for each, that a step keeps after its pass, and all it
+        keeps."""
+        trace = self.beginning(step.inputs, 2)
+        self._pass(trace, step, chunk, False)
+        return sum(v.nbytes for s in trace.segments for v in s.tangents) // len(chunk), trace
 
     def _warn_of_layers_not_called(self, trace: Trace) -> None:
         """Once: a module may use the weights of an inner one without calling it, as torch.nn.MultiheadAttention does."""

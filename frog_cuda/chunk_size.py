@@ -139,7 +139,7 @@ def _needs(count: int, method: WeightPerturbation | ActivityPerturbation, step: 
         if not chunk:
             continue
         with RandomNumbers(method.parameters.values(), method.model.modules()).replayed(), Tracker(method.device) as tracker:
-            kept = method.probe(step, chunk)
+            kept, _alive = method.probe(step, chunk)
         # Kept tangents of the other passes lie beside; for the Gram matrix of all layers, all are put together in a copy
         others = (tangents.k - len(chunk)) * kept
         worst = max(worst, tracker.peak + others, tracker.live + others + tangents.k * kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import dual
+from .custom_functions import intercepted
 from .dual import DualTensor
 from .nn import DROP_IN
 from .rules import fallback
@@ -25,6 +27,10 @@ _FUSED = {
     f"{__package__}.rules.{stem}"
     for stem in ("attention", "embedding", "linear", "losses", "normalization", "pointwise", "pooling", "softmax")
 }
+
+
+#: coverage wraps the rules, of which there is one table
+_one_at_a_time = threading.RLock()
 
 
 @dataclass
@@ -116,8 +122,8 @@ def coverage(model: nn.Module, input: Any) -> Coverage:
     args, kwargs = inputs_of(input)
     found, path = Coverage(), [""]
     state: dict[str, Any] = {name: b.clone() for name, b in model.named_buffers()}
-    state |= {name: _dual(p) for name, p in model.named_parameters()}
-    with torch.no_grad(), _paths(model, path), _recorded(found, path):
+    with _one_at_a_time, torch.no_grad(), intercepted(), _paths(model, path), _recorded(found, path):
+        state |= {name: _dual(p) for name, p in model.named_parameters()}
         try:
             functional_call(model, state, tuple(map(_dual, args)), {n: _dual(a) for n, a in kwargs.items()})
         except NotImplementedError as error:
@@ -147,8 +153,9 @@ def _paths(model: nn.Module, path: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _recorded(found: Coverage, path: list[str]) -> Iterator[None]:
-    """Wraps every rule for the time of one pass, so that ordinary passes pay nothing for this."""
-    depth = [0]
+    """Wraps every rule for the time of one pass, so that ordinary passes pay nothing for this. Passes of other threads go on
+    meanwhile and are not recorded."""
+    depth, here = [0], threading.get_ident()
 
     def note(call: str, how: str) -> None:
         key = path[-1], call, how
@@ -156,6 +163,8 @@ def _recorded(found: Coverage, path: list[str]) -> Iterator[None]:
 
     def wrapped(body: Any, named: Any, how: str) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != here:
+                return body(*args, **kwargs)
             depth[0] += 1
             try:
                 out = body(*args, **kwargs)
@@ -182,10 +191,10 @@ def _recorded(found: Coverage, path: list[str]) -> Iterator[None]:
         yield
     finally:
         fallback.plan, fallback.fallback = plan, last
-        dual.FUNCTION_RULES.clear()
         dual.FUNCTION_RULES.update(functions)
-        dual.ATEN_RULES.clear()
         dual.ATEN_RULES.update(overloads)
+        for overload in set(dual.ATEN_RULES) - set(overloads):  # planned meanwhile, maybe with a wrapped body
+            del dual.ATEN_RULES[overload]
 
 
 def _how(body: Any) -> str:

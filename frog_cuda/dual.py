@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass, _AutoDispatchBelowAutograd
 
+from . import _copies
 from .low_rank import Factors
 
 __all__ = ["DualTensor", "SampledTangents", "add_activity", "aten", "primal_of", "rule", "tangents_of"]
@@ -138,6 +139,7 @@ class DualTensor(torch.Tensor):
         tangents = resolve(tangents.detach())
         if torch._debug_has_internal_overlap(tangents) == 1:  # expanded: could not be written to in place
             tangents = tangents.clone(memory_format=torch.contiguous_format)
+        custom_functions.stay()
         return _make(resolve(primal.detach()), tangents, tangents.shape[0])
 
     @staticmethod
@@ -151,6 +153,7 @@ class DualTensor(torch.Tensor):
             raise ValueError(f"DualTensor.sampled_from: sampled.k is {sampled.k}; at least 1 tangent is needed")
         if primal.is_complex():
             raise TypeError(f"DualTensor.sampled_from: primal has dtype {primal.dtype}; sampled tangents are real")
+        custom_functions.stay()
         dual = _make(resolve(primal.detach()), None, sampled.k)
         dual.sampled = sampled
         return dual
@@ -193,6 +196,12 @@ class DualTensor(torch.Tensor):
         """Overwrites value and tangents in place, so that views of this tensor and its base see both; None means zeros."""
         if self._readonly is not None:
             raise RuntimeError(f"{name}{called_from()}: in-place operation on {self._readonly}; clone() it first")
+        view = _copies.missing(self, self._primal)  # not the tensor itself, which an error would keep alive
+        if view is not None:
+            raise RuntimeError(
+                f"{name}{called_from()}: this in-place operation would be missed by a view that is still in use: {view}; "
+                "clone() the view, or the tensor before it is viewed"
+            )
         if primal.shape != self._primal.shape or not torch.can_cast(primal.dtype, self._primal.dtype):
             raise RuntimeError(
                 f"{name}: the in-place result has shape {tuple(primal.shape)} and dtype {primal.dtype}, which does not fit a "
@@ -212,6 +221,11 @@ class DualTensor(torch.Tensor):
         self._activity = None
         self.sampled = None
         return self
+
+    def _copied_from(self, seen: Tensor, why: str) -> None:
+        """Makes this a view that may not be written, nor what it views as long as it lives; ``seen``: that memory."""
+        self._readonly = why
+        _copies.remember(self, seen)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         how = "sampled tangents" if self.sampled is not None else "tangents"
@@ -373,7 +387,10 @@ def called_from() -> str:
     modules: list[torch.nn.Module] = []
     frame = sys._getframe(1)
     while frame is not None:
-        owner = frame.f_locals.get("self")
+        code = frame.f_code
+        # Reading the variables of a frame keeps them alive
+        named = "self" in code.co_varnames or "self" in code.co_cellvars or "self" in code.co_freevars
+        owner = frame.f_locals.get("self") if named else None
         if isinstance(owner, torch.nn.Module) and not getattr(owner, "_wraps_users_model", False):
             modules.append(owner)
         frame = frame.f_back  # type: ignore[assignment]
@@ -437,4 +454,4 @@ def perturbed(t: Tensor, v: Tensor) -> DualTensor:
 
 
 # The rules register themselves with the tables above and need the names of this module, hence the place.
-from . import rules, stopping  # noqa: E402
+from . import custom_functions, rules, stopping  # noqa: E402

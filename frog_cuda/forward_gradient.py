@@ -19,6 +19,7 @@ from ._checks import check_count, check_seed, check_step, flat, warn
 from .activity import ActivityPerturbation
 from .aggregate import Aggregate, Orthogonal, scaling_correction
 from .chunk_size import check_chunk_size
+from .custom_functions import intercepted
 from .dual import DualTensor
 from .estimate import Estimate, check_loss, read_loss, solve
 from .guides import Memory
@@ -370,7 +371,7 @@ def forward_gradient(
     if simulate:
         value, derivatives = _backprop(fn, x, base)
     else:
-        with torch.no_grad():
+        with torch.no_grad(), intercepted():
             value, derivatives = read_loss(fn(DualTensor(x, base)), "fn")
     if value.dim() != 0:
         raise ValueError(f"fn returned shape {tuple(value.shape)}; expected a scalar ()")

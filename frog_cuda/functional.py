@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
@@ -15,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._deferred import deferring
+from .custom_functions import intercepted
 from .dual import DualTensor
 
 __all__ = ["jvp"]
@@ -37,8 +39,8 @@ def jvp(fn: Callable[..., Any], primals: Any, tangents: Any, *, chunk_size: int 
         ``(out, out_tangents)``: the value and, for each tensor, its tangents ``(k, *shape)``; zeros where an output does not
         depend on what is perturbed, as in ``torch.func.jvp``. Nothing is recorded for backward.
     Raises:
-        TypeError: structures differ, a tangent of a tensor that is not floating point, ``fn`` returns something else than
-            tensors.
+        TypeError: structures differ, a tangent of a tensor that is not floating point, a DualTensor, as inside another
+            ``jvp``, ``fn`` returns something else than tensors.
         ValueError: shape, dtype, device or k do not fit; no tangents at all; chunk_size < 1.
         NotImplementedError: PyTorch has no forward-mode rule for an operation in ``fn``; the error names it and the
             module that called it.
@@ -47,20 +49,25 @@ def jvp(fn: Callable[..., Any], primals: Any, tangents: Any, *, chunk_size: int 
         raise TypeError(
             f"jvp: primals and tangents are of types {type(primals).__name__} and {type(tangents).__name__}; expected tuples"
         )
-    if chunk_size is not None and (not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1):
+    counts = isinstance(chunk_size, (int, np.integer)) and not isinstance(chunk_size, bool)
+    if chunk_size is not None and (not counts or chunk_size < 1):
         raise ValueError(f"jvp: chunk_size is {chunk_size!r}; expected an integer >= 1, or None")
     if _functorch.peek_interpreter_stack() is not None:
         raise RuntimeError("jvp: called inside a torch.func transform (grad, jvp or vmap), which it does not compose with")
     flat, spec = tree_flatten(tuple(primals))
     directions: list[Tensor | None] = []
     _match(tuple(primals), tuple(tangents), "primals", directions)
+    for name, leaves in (("primal", flat), ("tangent", directions)):
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, DualTensor):
+                raise TypeError(f"jvp: {name} {i} is a DualTensor, whose own tangents would be lost; jvp does not nest")
     k = _checked_k(flat, directions)
-    size = k if chunk_size is None else min(chunk_size, k)
+    size = k if chunk_size is None else min(int(chunk_size), k)
     starts = list(range(0, k, size))
     values: list[Tensor] = []
     columns: list[list[Tensor]] = []
     numbers = RandomNumbers(flat) if len(starts) > 1 else None
-    with torch.no_grad():
+    with torch.no_grad(), intercepted():
         for start in starts:
             if numbers is not None:
                 numbers.rewind()

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from ._checks import flat
 from .aggregate import Aggregate, Custom
+from .custom_functions import intercepted
 from .dual import DualTensor, SampledTangents
 from .estimate import Estimate, read_loss, solve
 from .functional import RandomNumbers
@@ -134,15 +135,16 @@ class WeightPerturbation:
         if not moves_buffers:  # the last pass does; the others leave inputs and target as they were, too
             state |= {f"model.{name}": b for name, b in copied_buffers(self.model).items()}
             inputs, target = snapshot((inputs, target))
-        with stopping_at_no_grad():
+        with stopping_at_no_grad(), intercepted():
             passed = read_loss(functional_call(self._whole, state, (step.loss_fn, inputs, target)))
         forget_duals(self.model)
         return passed
 
-    def probe(self, step: Step, chunk: range) -> int:
-        """A pass that leaves no trace. Returns the bytes of tangents, for each, that a step keeps after its pass."""
+    def probe(self, step: Step, chunk: range) -> tuple[int, None]:
+        """A pass without consequences. Returns the bytes of tangents, for each, that a step keeps after its pass, and all it
+        keeps."""
         self._pass(step, chunk, {}, set(), False)
-        return 0
+        return 0, None
 
     def _dual(
         self,

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +100,28 @@ def test_coverage_tells_how_each_call_is_served():
     assert tables[2:] == (fallback.plan, fallback.fallback)
     assert tables[0] == dual.FUNCTION_RULES and tables[1] == dual.ATEN_RULES
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_coverage_beside_passes_of_other_threads():
+    """Of another model, because torch.func.functional_call changes the one that it is given."""
+    model, x, v = nn.Sequential(nn.Linear(3, 4), nn.Mish(), nn.Linear(4, 2)), torch.randn(5, 3), torch.randn(2, 5, 3)
+    other = copy.deepcopy(model)
+    alone, right = frog.coverage(model, x).rows, frog.jvp(model, (x,), (v,))[1]
+    tables = dict(dual.FUNCTION_RULES), dict(dual.ATEN_RULES)
+    done = threading.Event()
+
+    def passes():
+        while not done.is_set():
+            assert torch.equal(frog.jvp(other, (x,), (v,))[1], right)
+
+    with ThreadPoolExecutor(4) as pool:
+        busy = [pool.submit(passes) for _ in range(2)]
+        found = [c.result().rows for c in [pool.submit(frog.coverage, model, x) for _ in range(8)]]
+        done.set()
+        for b in busy:
+            b.result()
+    assert found == [alone] * 8
+    assert tables == (dual.FUNCTION_RULES, dual.ATEN_RULES)
 
 
 def test_coverage_ends_at_what_is_not_supported():

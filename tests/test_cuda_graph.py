@@ -3,6 +3,8 @@ but the capture itself; tests marked ``cuda`` show that."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -260,5 +262,7 @@ def test_deferred_conditions_are_collected_not_raised():
         require(failed, lambda: ValueError("now"))
     with deferred() as conditions:
         require(failed, lambda: ValueError("later"))
+        with ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="now"):  # collects nothing
+            other.submit(require, failed, lambda: ValueError("now")).result()
         require(torch.tensor(True), lambda: ValueError("never"))
     assert [bool(c.passed) for c in conditions] == [False, True] and "later" in str(conditions[0].error())

@@ -8,6 +8,7 @@ from against_func import draw
 from helpers import assert_close64
 from torch import nn
 
+from frog_cuda.dual import DualTensor
 from frog_cuda.functional import jvp
 
 K = 5
@@ -25,7 +26,7 @@ def network(x, w1, b1, w2):
     return F.cross_entropy(F.linear(torch.tanh(F.linear(x, w1, b1)), w2), torch.arange(x.shape[0]) % 4, reduction="none")
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 2, 5, 9])
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, np.int64(3), 5, 9])
 @pytest.mark.parametrize("batch", [7, 0])
 def test_network_against_torch_func(chunk_size, batch):
     primals = (draw(batch, 33), draw(8, 33, seed=1), draw(8, seed=2), draw(4, 8, seed=3))
@@ -128,6 +129,10 @@ BAD = [
     (lambda: jvp(torch.sin, (X,), (V,), chunk_size=0), ValueError, "chunk_size is 0"),
     (lambda: jvp(torch.sin, (X,), (V,), chunk_size=1.5), ValueError, "chunk_size is 1.5"),
     (lambda: jvp(lambda x: 3.0, (X,), (V,)), TypeError, "returned a float"),
+    (lambda: jvp(torch.sin, (X,), (DualTensor(V, V[None]),)), TypeError, "tangent 0 is a DualTensor"),
+    (lambda: jvp(lambda x: jvp(torch.sin, (x,), (V,))[1], (X,), (V,)), TypeError, "primal 0 is a DualTensor.* not nest"),
+    (lambda: jvp(lambda x: jvp(torch.mul, (X, x), (V, None))[1], (X,), (V,)), TypeError, "primal 1 is a DualTensor"),
+    (lambda: jvp(lambda x: jvp(lambda p: p[0], ([x],), ([V],))[1], (X,), (V,)), TypeError, "primal 0 is a DualTensor"),
 ]
 
 

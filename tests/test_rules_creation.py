@@ -41,14 +41,38 @@ def test_taking_values_out_is_refused_where_tangents_would_be_lost():
         x.numpy()
     with pytest.raises(RuntimeError, match="tangents would be lost"):
         np.asarray(x)
+    for export in (torch.from_dlpack, np.from_dlpack, lambda x: x.__dlpack__()):
+        with pytest.raises(RuntimeError, match="__dlpack__: a DualTensor's tangents would be lost"):
+            export(x)
+    s = x.sum()
+    for constant in (torch.tensor, torch.as_tensor, torch.ones(3).new_tensor):
+        with pytest.raises(RuntimeError, match="torch.tensor: a DualTensor in a list of numbers"):
+            constant([2.0, s])
+    assert torch.tensor([2.0, s.item(), float(s)]).shape == (3,) and complex(s).real == float(s)
     with pytest.raises(RuntimeError, match="nothing is recorded for backward"):
         x.sum().backward()
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad: nothing is recorded.* torch\.func\.grad"):
+        torch.autograd.grad(x.sum(), x)
     with pytest.raises(RuntimeError, match="nothing is recorded for backward"):
         x.requires_grad_()
     with pytest.raises(RuntimeError, match="nothing is recorded for backward"):
         x.requires_grad = True
     with pytest.raises(RuntimeError, match="cannot be replaced"):
         x.data = torch.ones(3)
+
+
+def test_torch_func_inside():
+    """What the error of torch.autograd.grad advises."""
+    x, w = draw(5, 4), draw(3, 4, seed=1)
+
+    def fn(x, w):
+        inner = torch.func.grad(lambda x, w: torch.tanh(F.layer_norm(F.linear(x, w), (3,))).square().sum())(x, w)
+        _, pull = torch.func.vjp(lambda w, x: F.gelu(F.linear(x, w)), w, x)
+        return inner.sin().sum() + pull(torch.ones(5, 3, dtype=x.dtype))[0].square().sum()
+
+    check(fn, x, w)
+    with pytest.raises(RuntimeError, match="no gradient is recorded"):
+        torch.func.grad(lambda x: F.linear(x, dual(w)).sum())(dual(x))
 
 
 DROPOUTS = {

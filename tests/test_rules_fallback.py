@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,19 @@ def test_fallback_inside_inference_mode_and_autocast_free_contexts():
     for context in (torch.no_grad(), torch.enable_grad(), torch.inference_mode()):
         with context:
             assert torch.allclose(F.layer_norm(DualTensor(x.clone(), t.clone()), (4,)).amax(1).tangents, want, atol=1e-12)
+
+
+def test_several_threads():
+    """PyTorch counts the levels of its forward mode for all threads together."""
+
+    def fn(x):
+        return torch.logcumsumexp(F.mish(x), 1).cumprod(1)
+
+    x, t = draw(5, 4), draw(2, 5, 4, seed=2)
+    (value,), (moved,) = expected(fn, [x], [t])
+    with ThreadPoolExecutor(4) as pool:
+        for out in pool.map(lambda _: fn(DualTensor(x.clone(), t.clone())), range(200)):
+            compare(out, value, moved)
 
 
 def test_straight_layers_of_a_network():

@@ -31,6 +31,7 @@ CHANGES = {
     "zero_": lambda y: y[:2].zero_(),
     "fill_": lambda y: (y[0].fill_(3.0), y[1].fill_(y[2, 0])),
     "copy_": lambda y: (y[0].copy_(y[1]), y[2:4].copy_(y[5]), y[6].copy_(torch.ones(33))),
+    "copy_ of numbers": lambda y: (y[0].copy_(2), y[1].copy_(0.5)),
     "setitem": lambda y: (y.__setitem__(0, 5.0), y.__setitem__((slice(1, 3), 2), y[3, 4] * y[3, 5])),
     "setitem with indices": lambda y: y.__setitem__(torch.tensor([0, 2]), y[4:6] * 2),
     "setitem with a mask": lambda y: y.__setitem__(y > 0, 0.5),
@@ -99,6 +100,37 @@ def test_operands_are_not_shared_with_results():
         return x * 2, y, zeros
 
     check(fn, draw(7, 5))
+
+
+ALONE = {
+    "a + z": lambda a, z: a + z,
+    "z + a": lambda a, z: z + a,
+    "a - z": lambda a, z: a - z,
+    "rsub": lambda a, z: torch.rsub(z, a),
+    "alpha": lambda a, z: torch.add(z, a, alpha=1.0),
+    "addcmul": lambda a, z: torch.addcmul(a, z, z),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (1, 1, 3)], ids=str)
+def test_operands_are_not_shared_with_results_of_more_axes(name, shape):
+    def fn(a):
+        out = ALONE[name](a, torch.zeros(shape, dtype=a.dtype))
+        out.mul_(2)
+        return a * 1, out
+
+    check(fn, draw(3))
+
+
+@pytest.mark.parametrize("op", [torch.frac, torch.squeeze_copy, lambda a: torch.expand_copy(a, (1, 3))])
+def test_what_pytorchs_forward_mode_shares_is_copied(op):
+    """torch.func.jvp writes into the tangent of ``a``, too."""
+    a = dual(draw(3))
+    before = a.tangents.clone()
+    out = op(a)
+    out.mul_(2)
+    assert torch.equal(a.tangents, before) and torch.equal(out.tangents, 2 * before.view(3, *out.shape))
 
 
 def test_in_place_with_another_dual():

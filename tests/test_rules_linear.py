@@ -45,6 +45,18 @@ def test_every_mix_of_operands(kinds, shape):
     compare(F.linear(*arguments), value, moved)
 
 
+@pytest.mark.parametrize("shape", [(1,), (), (B, 1), (1, OUT), (B, OUT)], ids=str)
+def test_a_bias_that_pytorch_stretches(shape):
+    x, w, b = draw(B, IN, seed=1), draw(OUT, IN, seed=2), draw(*shape, seed=3)
+    check(F.linear, x, w, b)
+    check(lambda x: F.linear(x, w, b), x)
+    check(lambda b: F.linear(x, w, b), b)
+    value, moved = F.linear(x, w, b), F.linear(x, sampled(w, 0)).tangents
+    compare(F.linear(x, sampled(w, 0), b), value, moved)
+    with pytest.raises(RuntimeError, match="must match|not expandable|shape"):
+        F.linear(DualTensor(x, draw(K, B, IN)), w, b.reshape(1, -1).expand(3, -1))
+
+
 def test_non_contiguous_operands():
     check(F.linear, draw(IN, B).t(), draw(IN, OUT).t(), draw(2 * OUT)[::2])
     check(F.linear, draw(B, IN), draw(OUT, IN), k=1)

@@ -126,6 +126,7 @@ def test_margin_losses(reduction):
     for p in (1, 2):
         check_with_differences(lambda x, p=p: F.multi_margin_loss(x, target, p=p, reduction=reduction), x)
     check_with_differences(lambda x: F.multi_margin_loss(x, target[0], reduction=reduction), x[0])
+    check_with_differences(lambda x: F.multi_margin_loss(x, target[:1], reduction=reduction), x[0])
     check_with_differences(lambda x: F.multilabel_margin_loss(x, several, reduction=reduction), x)
     check_with_differences(lambda x: F.multilabel_margin_loss(x, several[0], reduction=reduction), x[0])
     with pytest.raises(NotImplementedError, match="multi_margin_loss"):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from against_func import check, compare, draw, dual, expected
 
-from frog_cuda.dual import DualTensor
+from frog_cuda.dual import DualTensor, SampledTangents
 
 MOVES = {
     "view": lambda x: x.contiguous().view(-1, 11).view(3, -1),
@@ -78,6 +78,92 @@ def test_a_view_made_of_copied_tangents_refuses_to_be_written():
     assert torch.equal(view.tangents, x.tangents.reshape(2, 24))
     with pytest.raises(RuntimeError, match="in-place operation on a view"):
         view.add_(1)
+
+
+def _channels_last(x):
+    return F.conv2d(x, torch.ones(3, 3, 1, 1, dtype=x.dtype)).contiguous(memory_format=torch.channels_last)
+
+
+MISSED = {
+    "view": lambda x: (y := _channels_last(x), y.permute(0, 2, 3, 1).view(-1, 3)),
+    "view of it": lambda x: (y := _channels_last(x), y.permute(0, 2, 3, 1).view(-1, 3)[1:]),
+    "conj": lambda x: (y := torch.complex(x, x), y.conj()),
+}
+
+
+@pytest.mark.parametrize("name", MISSED)
+def test_what_a_view_with_copied_tangents_views_refuses_to_be_written(name):
+    base, view = MISSED[name](dual(draw(2, 3, 2, 2)))
+    before = base.tangents.clone()
+    with pytest.raises(RuntimeError, match=r"aten\.mul_.* would be missed by a view"):
+        base.mul_(3)
+    with pytest.raises(RuntimeError, match="missed by a view"):
+        base[0].mul_(3)
+    del view
+    base.mul_(3)  # nobody would miss it
+    assert torch.equal(base.tangents, 3 * before)
+
+
+def test_a_view_with_copied_tangents_leaves_the_rest_of_its_base_writable():
+    base = DualTensor(draw(2, 4, 6), draw(2, 2, 6, 4).transpose(2, 3))
+    view = base[0].view(24)
+    base[1].mul_(2)
+    with pytest.raises(RuntimeError, match="missed by a view"):
+        base[0, 3].mul_(2)
+    assert torch.equal(view.tangents, base.tangents[:, 0].reshape(2, 24))
+
+
+def test_views_of_sampled_parameters():
+    parameter = DualTensor.sampled_from(draw(3), SampledTangents(torch.tensor([1, 0]), 2, 0, 0, "normal"))
+    tangents = parameter.tangents
+    view = parameter.view(3, 1)
+    with pytest.raises(RuntimeError, match="missed by a view .*: a view of a parameter"):
+        parameter.mul_(2)
+    assert torch.equal(view.tangents, tangents[..., None])
+    del view
+    assert torch.equal(parameter.unsqueeze_(0).mul_(2).tangents, 2 * tangents[:, None])
+
+
+WRITTEN = {
+    "as_strided": lambda v: v.as_strided((2, 2), (1, 2), 1),
+    "part as_strided": lambda v: v[1].as_strided((2, 2), (2, 1), 4),
+    "view_as_complex": lambda v: torch.view_as_complex(v.view(2, 2, 2)),
+    "positive": lambda v: +v,
+    "transpose": lambda v: v[0, 1].transpose(0, 0),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_views_and_their_base_see_what_is_written_into_the_other(name):
+    def fn(x):
+        v = x * 1
+        view = WRITTEN[name](v)
+        v.mul_(x)
+        read = view * 2
+        view.mul_(3)
+        buffer = x.new_zeros(2, 4)  # its zero tangents are not stored yet
+        other = WRITTEN[name](buffer)
+        buffer.copy_(x)
+        return torch.view_as_real(read) if read.is_complex() else read, v, other * 1 if name != "view_as_complex" else buffer
+
+    check(fn, draw(2, 4))
+
+
+def test_parts_of_unsafe_split_see_their_base():
+    """Recurrent cells write into them. PyTorch's forward mode takes them for copies, and zeros for their tangents here."""
+    x = dual(draw(2, 4))
+    buffer = torch.zeros_like(x)
+    first, second = buffer.unsafe_split(2, 1)
+    buffer.copy_(x)
+    second.mul_(2)
+    assert torch.equal(first.tangents, x.tangents[..., :2])
+    assert torch.equal(buffer.tangents[..., 2:], 2 * x.tangents[..., 2:])
+
+
+def test_dropout_of_feature_maps_that_does_not_drop_is_the_tensor_itself():
+    x = dual(draw(2, 3, 4))
+    for y in (F.dropout1d(x, 0.5, training=False), torch.feature_alpha_dropout(x, 0.5, False), F.alpha_dropout(x, 0.5)):
+        assert y is x
 
 
 def test_memory_formats():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dual import DualTensor, _make, aten, rule
-from .helpers import FUSED_DTYPES, common_k, full, lift, low_dtype, parts, wrap
+from .helpers import FUSED_DTYPES, common_k, full, lift, low_dtype, own, parts, wrap
 
 _aten = torch.ops.aten
 _tangent_sum = torch.ops.frog_cuda.tangent_sum.default
@@ -59,7 +59,7 @@ for _name, _derivative in DERIVATIVES.items():
     aten(getattr(_aten, _name).default)(_unary(_derivative))
 
 
-@aten(_aten.neg.default, _aten.conj_physical.default, _aten.positive.default)
+@aten(_aten.neg.default, _aten.conj_physical.default)
 def neg(func: Any, x: Any) -> Any:
     value, tangents = parts(x)
     return func(value) if tangents is None else wrap(func(value), func(tangents), low_dtype(x))
@@ -73,11 +73,9 @@ def _sum(out: Tensor, low: torch.dtype | None, ta: Tensor | None, tb: Tensor | N
     """Dual of ``out`` with tangents ``ta + sign * tb``; a single one is copied, never shared with its source."""
     if tb is None:
         assert ta is not None
-        total = full(lift(ta, out), out)
-        total = total.clone() if total is ta else total
+        total = own(ta, out)
     elif ta is None:
-        total = full(lift(tb, out), out)
-        total = total.clone() if total is tb and _is_one(sign) else _scaled(total, sign)
+        total = own(tb, out) if _is_one(sign) else _scaled(full(lift(tb, out), out), sign)
     else:
         total = full(torch.add(lift(ta, out), lift(tb, out), alpha=sign), out)
     return wrap(out, total, low)
@@ -136,7 +134,7 @@ def rsub(func: Any, a: Any, b: Any, alpha: Any = 1) -> Any:
     out = func(pa, pb, alpha=alpha)
     if ta is None and tb is None:
         return out
-    return _sum(out, low_dtype(a, b), None if tb is None else tb.clone(), ta if ta is None else _scaled(ta, alpha), -1)
+    return _sum(out, low_dtype(a, b), tb, ta if ta is None else _scaled(ta, alpha), -1)
 
 
 @aten(_aten.mul.Tensor, _aten.mul.Scalar)

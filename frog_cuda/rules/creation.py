@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import DispatchKey
 
 from ..dual import DualTensor, _make, aten, called_from, rule
 from .helpers import common_k, low_dtype, parts, wrap
@@ -64,6 +65,25 @@ def numpy(x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+@rule(torch.Tensor.__dlpack__)
+def dlpack(x: DualTensor, *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(
+        f"__dlpack__{called_from()}: a DualTensor's tangents would be lost, and it has no memory of its own; hand on .primal "
+        "if that is meant"
+    )
+
+
+@rule(torch.Tensor.__float__, torch.Tensor.__complex__)
+def number(x: DualTensor) -> Any:
+    """Asked for by ``torch.tensor([x, 2.0])``, that is below the dispatcher, where a DualTensor has no memory to read from."""
+    if not torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.Python):
+        return NotImplemented
+    raise RuntimeError(
+        f"torch.tensor{called_from()}: a DualTensor in a list of numbers, of which a constant is made: its tangents would be "
+        "lost; use torch.stack(), or .item() if that is meant"
+    )
+
+
 @rule(torch.Tensor.requires_grad_)
 def requires_grad_(x: DualTensor, requires_grad: bool = True) -> DualTensor:
     if requires_grad:
@@ -84,6 +104,14 @@ def set_data(x: DualTensor, data: Tensor) -> None:
 @rule(torch.Tensor.backward)
 def backward(x: DualTensor, *args: Any, **kwargs: Any) -> None:
     raise RuntimeError("backward: nothing is recorded for backward through a DualTensor; its tangents are the derivatives")
+
+
+@rule(torch.autograd.grad)
+def grad(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(
+        f"torch.autograd.grad{called_from()}: nothing is recorded for backward through a DualTensor; torch.func.grad "
+        "and torch.func.vjp can be used inside, where each DualTensor is one of their arguments"
+    )
 
 
 @rule(F.dropout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,8 +13,11 @@ from torch._C import DispatchKey
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..dual import called_from, resolve
-from .helpers import common_k, low_dtype, parts, wrap
+from ..dual import DualTensor, called_from, resolve
+from .helpers import common_k, low_dtype, parts, share_memory, wrap
+
+#: PyTorch's forward mode counts its levels for the whole process: one thread at a time
+_levels = threading.RLock()
 
 # A rule runs with the autograd keys switched off, and so would everything inside torch.func.jvp. These are the dispatch keys of
 # an ordinary call at top level.
@@ -57,6 +61,11 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
     flat, spec = tree_flatten((args, kwargs))
     flat = [resolve(a) for a in flat]
     k = common_k(func, *flat)
+    # Zero tangents of a base are stored before it is viewed, so that what is written into either reaches both
+    if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        for a in flat:
+            if type(a) is DualTensor and a.sampled is None:
+                a._tangents = a.tangents
     split = [parts(a) for a in flat]
     low = low_dtype(*flat)
     slots = [i for i, (_, t) in enumerate(split) if t is not None]
@@ -75,8 +84,12 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
             "a rounding that lets tangents pass"
         )
     wanted = [j for j, o in enumerate(outs) if isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())]
+    for a, (p, _) in zip(flat, split, strict=True):
+        for j in [j for j in wanted if type(a) is DualTensor and outs[j] is p]:
+            outs[j] = a  # as it is, such as by a dropout of feature maps that does not drop
+            wanted.remove(j)
     if not slots or not wanted:
-        return out
+        return tree_unflatten(outs, out_spec)
     primals = tuple(_apart(func, split[i][0]) for i in slots)
     tangents = tuple(_tangent_like(t, p) for p, t in (split[i] for i in slots))
     connected: set[int] = set()
@@ -93,20 +106,24 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
         connected.update(j for j, r in zip(wanted, results, strict=True) if forward_ad.unpack_dual(r).tangent is not None)
         return tuple(results)
 
-    with _top_level():
+    with _levels, _top_level():
         d_outs = _push(func, one, primals, tangents, k, rewind)
     if not connected:
         # PyTorch hands back zeros for an operator whose derivative nobody has registered, such as a Bessel function
         raise NotImplementedError(
             f"{func}{called_from()}: no forward-mode derivative is registered; PyTorch would take its tangents as zero"
         )
-    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    given = [(p, t) for p, t in split if t is not None]
     for j, d in zip(wanted, d_outs, strict=True):
         if j in connected:
-            # in the layout of other tangents, k outermost
-            outs[j] = wrap(outs[j], d.contiguous(), low)
-            if is_view:
-                outs[j]._readonly = f"a view made by {func}, whose tangents are a copy"
+            d = d.contiguous()  # in the layout of other tangents, k outermost
+            views = any(share_memory(outs[j], p) for p, _ in given)
+            shared = any(share_memory(d, t) for _, t in given)
+            if shared and not views:
+                d = d.clone()  # frac and the likes of squeeze_copy hand a tangent on as it is
+            outs[j] = wrap(outs[j], d, low)
+            if views and not shared:
+                outs[j]._copied_from(outs[j]._primal, f"a view made by {func}, whose tangents are a copy")
     return tree_unflatten(outs, out_spec)
 
 

@@ -74,6 +74,16 @@ def full(tangents: Tensor, out: Tensor) -> Tensor:
     return tangents.expand(tangents.shape[0], *out.shape).clone(memory_format=torch.contiguous_format)
 
 
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    return torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]
+
+
+def own(tangents: Tensor, out: Tensor) -> Tensor:
+    """``full(lift(tangents, out), out)`` in memory of its own, also where axes of size 1 are all that is added."""
+    moved = full(lift(tangents, out), out)
+    return moved.clone() if share_memory(moved, tangents) else moved
+
+
 def shift(dim: int, ndim: int) -> int:
     """The axis of the tangents that belongs to axis ``dim`` of a primal with ``ndim`` >= 1 axes."""
     return dim + ndim + 1 if dim < 0 else dim + 1

@@ -50,6 +50,8 @@ def _out_of_place(func: Any) -> Any:
 @aten(_aten.copy_.default)
 def copy_(func: Any, target: Any, source: Any, non_blocking: bool = False) -> Any:
     _check_target(func, target)
+    if not isinstance(source, torch.Tensor):  # a number
+        return target._write(torch.full_like(target._primal, source), None, func)
     value, tangents = parts(source)
     if tangents is not None:
         tangents = full(lift(tangents, target), target)
@@ -117,7 +119,7 @@ def reshape_(func: Any, target: Any, *args: Any) -> Any:
     moved = _aten.transpose.int(target, *args) if func in _SWAPS else _out_of_place(func)(target, *args)
     with torch._C._DisableTorchDispatch():
         func(target, *args)  # shape and strides of the wrapper, which has no memory
-    target._primal, target._tangents, target._readonly = moved._primal, moved._tangents, moved._readonly
+    target._primal, target._tangents = moved._primal, moved._tangents
     target.sampled = None
     return target
 

@@ -56,6 +56,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         return out if bias is None else out + bias
     if x.dtype is not w.dtype or x.dtype not in FUSED_DTYPES or w.dim() != 2 or x.dim() == 0:
         return NotImplemented
+    if b is not None and b.shape != w.shape[:1]:  # one that PyTorch stretches, or its own error
+        return NotImplemented
     if activity is not None:
         # A tangent shared over rows goes through the layer as one row and is added to the product of the others. In low
         # precision that takes another pass over the product, so one over the input is better where it is narrower.

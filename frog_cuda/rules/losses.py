@@ -175,9 +175,10 @@ def nll_loss(func: Any, x: Any, target: Tensor, weight: Any, reduction: int, ign
 
 
 def _along(slope: Tensor, tangents: Tensor, loss: Tensor) -> Tensor:
-    """slope (*, C), tangents (k, *, C) -> (k, *) for losses one by one, (k,) for their sum or mean."""
+    """slope (*, C), tangents (k, *, C) -> (k, *loss.shape), for losses one by one and for their sum or mean."""
     moved = slope * tangents
-    return moved.reshape(len(moved), -1).sum(1) if loss.dim() == 0 else moved.sum(-1)
+    moved = moved.reshape(len(moved), -1).sum(1) if loss.dim() == 0 else moved.sum(-1)
+    return moved.reshape(len(moved), *loss.shape)  # a single sample without a batch axis may have a loss of shape (1,)
 
 
 @aten(_aten.multi_margin_loss.default)

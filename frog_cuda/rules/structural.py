@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._copies import extent
 from ..dual import DualTensor, aten, resolve, rule
 from .helpers import common_k, full, lift, low_dtype, parts, shift, wrap
 
@@ -30,7 +31,7 @@ def _view_parts(x: DualTensor) -> tuple[Tensor, Tensor, str | None]:
 def _view(value: Tensor, tangents: Tensor, readonly: str | None, low: torch.dtype | None) -> Tensor:
     out = wrap(value, tangents, low)
     if readonly is not None and type(out) is DualTensor:
-        out._readonly = readonly
+        out._copied_from(value, readonly)
     return out
 
 
@@ -77,16 +78,34 @@ def permute(func: Any, x: DualTensor, dims: Any) -> Any:
     return _view(func(value, dims), moved, readonly, low_dtype(x))
 
 
+@aten(_aten.as_strided.default)
+def as_strided(func: Any, x: DualTensor, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
+    """A view of the tangents, too, where each is laid out like a value without gaps and the view leaves neither."""
+    out = func(x._primal, size, stride, storage_offset)
+    value, tangents, readonly = _view_parts(x)
+    alike = all(n == 1 or s == t for n, s, t in zip(value.shape, value.stride(), tangents.stride()[1:], strict=True))
+    (begin, end), (first, last) = extent(value), extent(out)
+    dense = end - begin == value.numel() * value.element_size() and torch._debug_has_internal_overlap(value) == 0
+    if not alike or not dense or first < begin or last > end:
+        return NotImplemented
+    offset = tangents.storage_offset() + out.storage_offset() - value.storage_offset()
+    moved = func(tangents, [x.k, *size], [tangents.stride(0), *stride], offset)
+    return _view(out, moved, readonly, low_dtype(x))
+
+
 @aten(_aten._conj.default, _aten._neg_view.default)
 def lazy(func: Any, x: DualTensor) -> Any:
     """Conjugates or negates at once, because kernels called from ``__torch_dispatch__`` ignore a pending one."""
+    if x.sampled is None:
+        x._tangents = x.tangents  # stored, also where they are zero: what is made here has its own
     out = _aten.conj_physical.default(x) if func is _aten._conj.default else _aten.neg.default(x)
-    out._readonly = f"a view made by {func}, whose values are a copy"
+    out._copied_from(x._primal, f"a view made by {func}, whose values are a copy")
     return out
 
 
-@aten(_aten.alias.default, _aten.lift_fresh.default)
+@aten(_aten.alias.default, _aten.lift_fresh.default, _aten.positive.default)
 def alias(func: Any, x: DualTensor) -> Any:
+    """``positive`` is the tensor itself in PyTorch."""
     value, tangents, readonly = _view_parts(x)
     return _view(func(value), _aten.alias.default(tangents), readonly, low_dtype(x))
 
@@ -95,7 +114,8 @@ def _shifted(func: Any) -> Any:
     """A rule for an operation that treats axes one by one: the same call on the tangents with every axis moved by one."""
     arguments = func._schema.arguments
     axes = [i for i, a in enumerate(arguments) if a.name in _DIM_NAMES]
-    is_view = any(r.alias_info is not None for r in func._schema.returns)
+    # unsafe_split shares memory, too, although its schema does not say so
+    is_view = any(r.alias_info is not None for r in func._schema.returns) or "unsafe" in func._schema.name
 
     def body(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if type(x) is not DualTensor:
@@ -103,7 +123,10 @@ def _shifted(func: Any) -> Any:
         value = x._primal
         n = value.dim()
         if n == 0:
-            return NotImplemented
+            if func is not _aten.transpose.int:
+                return NotImplemented
+            same = _aten.alias.default(x.tangents)
+            return _view(func(value, *args, **kwargs), same, _view_parts(x)[2], low_dtype(x))
         value, tangents, readonly = _view_parts(x) if is_view else (*parts(x), None)
         if tangents is None or any(type(a) is DualTensor for a in args):
             return NotImplemented
@@ -131,6 +154,8 @@ for _overload in (
     _aten.select.int,
     _aten.split.Tensor,
     _aten.split_with_sizes.default,
+    _aten.unsafe_split.Tensor,
+    _aten.unsafe_split_with_sizes.default,
     _aten.unbind.int,
     _aten.diagonal.default,
     _aten.unfold.default,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import ops
@@ -24,6 +23,7 @@ from .aggregate import Aggregate, Custom
 from .custom_functions import intercepted
 from .dual import DualTensor, perturbed, primal_of
 from .estimate import Estimate, read_loss, solve
+from .exchange import copied_buffers, exchanged
 from .functional import RandomNumbers
 from .layers import Group
 from .local import local_gradient
@@ -32,7 +32,7 @@ from .segments import Segment, Trace, batch_axis, blocks, grams, joined, sample_
 from .share import ALONE, Share
 from .stopping import stopping_at_no_grad
 from .tangents import Distribution, LowRank, Piece, StandardBasis, Supplied, TangentSet
-from .weight import Inputs, Step, check_parameters, copied_buffers, forget_duals
+from .weight import Inputs, Step, check_parameters, forget_duals
 
 Perturb = Callable[[Segment, Tensor], Tensor]
 
@@ -81,7 +81,8 @@ class ActivityPerturbation:
         trace, numbers = Trace(), RandomNumbers(self.parameters.values(), self.model.modules())
         with torch.no_grad(), numbers.replayed(), self._hooked(trace, lambda segment, y: y):
             args, kwargs = snapshot(inputs)
-            functional_call(self.model, copied_buffers(self.model), args, kwargs)
+            with exchanged(self.model, copied_buffers(self.model)):
+                self.model(*args, **kwargs)
         return trace.segments
 
     def derivatives(
@@ -175,7 +176,8 @@ class ActivityPerturbation:
                 output, target = self.model(*step.inputs[0], **step.inputs[1]), step.target
             else:
                 (args, kwargs), target = snapshot((step.inputs, step.target))
-                output = functional_call(self.model, copied_buffers(self.model), args, kwargs)
+                with exchanged(self.model, copied_buffers(self.model)):
+                    output = self.model(*args, **kwargs)
             passed = read_loss(step.loss_fn(output, target))
         forget_duals(self.model)
         return passed
@@ -413,7 +415,8 @@ class ActivityPerturbation:
         assert trace.numbers is not None and trace.buffers is not None
         with torch.enable_grad(), trace.numbers.replayed(), suppress(Finished), self._hooked(again, cut, again=True):
             args, kwargs = snapshot(trace.inputs)
-            functional_call(self.model, {name: b.clone() for name, b in trace.buffers.items()}, args, kwargs)
+            with exchanged(self.model, {at: b.clone() for at, b in trace.buffers.items()}):
+                self.model(*args, **kwargs)
         return outputs
 
     @contextmanager

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import dual
 from .custom_functions import intercepted
 from .dual import DualTensor
+from .exchange import copied_buffers, exchanged
 from .nn import DROP_IN
 from .rules import fallback
 from .weight import inputs_of
@@ -121,11 +121,11 @@ def coverage(model: nn.Module, input: Any) -> Coverage:
     """
     args, kwargs = inputs_of(input)
     found, path = Coverage(), [""]
-    state: dict[str, Any] = {name: b.clone() for name, b in model.named_buffers()}
     with _one_at_a_time, torch.no_grad(), intercepted(), _paths(model, path), _recorded(found, path):
-        state |= {name: _dual(p) for name, p in model.named_parameters()}
+        own = copied_buffers(model) | {id(p): _dual(p) for p in model.parameters()}
         try:
-            functional_call(model, state, tuple(map(_dual, args)), {n: _dual(a) for n, a in kwargs.items()})
+            with exchanged(model, own):
+                model(*map(_dual, args), **{n: _dual(a) for n, a in kwargs.items()})
         except NotImplementedError as error:
             found.rows[path[-1], re.split(r":| \(called from", str(error))[0], "unsupported"] = 1
     return found

@@ -391,7 +391,7 @@ def called_from() -> str:
         # Reading the variables of a frame keeps them alive
         named = "self" in code.co_varnames or "self" in code.co_cellvars or "self" in code.co_freevars
         owner = frame.f_locals.get("self") if named else None
-        if isinstance(owner, torch.nn.Module) and not getattr(owner, "_wraps_users_model", False):
+        if isinstance(owner, torch.nn.Module):
             modules.append(owner)
         frame = frame.f_back  # type: ignore[assignment]
     if not modules:

@@ -8,15 +8,16 @@ repeated, see :mod:`frog_cuda.activity`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from ._deferred import deferring
 from .dual import DualTensor
+from .exchange import copied_buffers, exchanged
 from .functional import RandomNumbers, copy_if_written
 from .layers import Group
 
@@ -58,7 +59,7 @@ class Call:
         self._parameters = list(layer.parameters())
         self._versions = [p._version for p in self._parameters]
         self._numbers = RandomNumbers(self._parameters, layer.modules())
-        self._buffers = {name: b.clone() for name, b in layer.named_buffers()}
+        self._buffers = copied_buffers(layer)
 
     def again(self, name: str) -> None:
         """Runs the layer; a hook takes its output.
@@ -72,13 +73,8 @@ class Call:
                 "gradient and runs again for it; take gradients before the parameters move"
             )
         with torch.enable_grad(), self._numbers.replayed():
-            try:
-                if self._buffers:
-                    functional_call(self.group.output, self._buffers, self._args, self._kwargs)
-                else:
-                    self.group.output(*self._args, **self._kwargs)
-            except Finished:
-                pass
+            with suppress(Finished), exchanged(self.group.output, self._buffers):
+                self.group.output(*self._args, **self._kwargs)
         if not deferring():
             self.draws_numbers = self._numbers.moved
 

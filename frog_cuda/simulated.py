@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from ._checks import flat
 from .activity import ActivityPerturbation, Segment
 from .estimate import Estimate, solve
+from .exchange import copied_buffers, exchanged
 from .forward_gradient import ForwardGradient
 from .functional import RandomNumbers
 from .rerun import snapshot
 from .surroundings import surroundings
 from .tangents import TangentSet
-from .weight import Inputs, WeightPerturbation, copied_buffers, inputs_of
+from .weight import Inputs, WeightPerturbation, inputs_of
 
 __all__ = ["Simulated", "simulate"]
 
@@ -71,7 +71,8 @@ def simulate(fg: ForwardGradient, input: Any, target: Any) -> Simulated:
 
 def _loss(fg: ForwardGradient, inputs: Inputs, target: Any) -> Tensor:
     (args, kwargs), target = snapshot((inputs, target))
-    return fg.loss_fn(functional_call(fg.model, copied_buffers(fg.model), args, kwargs), target)
+    with exchanged(fg.model, copied_buffers(fg.model)):
+        return fg.loss_fn(fg.model(*args, **kwargs), target)
 
 
 def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSet, inputs: Inputs, target: Any) -> Simulated:

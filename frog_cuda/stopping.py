@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map
 
 from . import dual
 
-#: which turn recording off only to do it later again
-_CALLERS_THAT_DIFFERENTIATE = ("torch.utils.checkpoint",)
+#: which turn recording off because they do without, not because something is constant
+_CALLERS_THAT_DIFFERENTIATE = ("torch.utils.checkpoint", __package__ + ".")
 
 
 class _Local(threading.local):
@@ -48,6 +48,16 @@ def on_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 
 @contextmanager
+def not_stopping() -> Iterator[None]:
+    """For what differentiates by itself within a pass."""
+    before, _local.entered = _local.entered, None
+    try:
+        yield
+    finally:
+        _local.entered = before
+
+
+@contextmanager
 def stopping_at_no_grad() -> Iterator[None]:
     """For a pass: inside, ``no_grad`` stops derivatives."""
     global _passes
@@ -70,7 +80,7 @@ def stopping_at_no_grad() -> Iterator[None]:
 
 def _stop(entered: list[bool], args: tuple[Any, ...]) -> None:
     caller = sys._getframe(2).f_globals.get("__name__", "")
-    entered.append(not caller.startswith(_CALLERS_THAT_DIFFERENTIATE))
+    entered.append(entered[-1:] == [True] if caller.startswith(_CALLERS_THAT_DIFFERENTIATE) else True)
 
 
 def _go_on(entered: list[bool], args: tuple[Any, ...]) -> None:

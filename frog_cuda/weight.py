@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ._checks import flat
 from .aggregate import Aggregate, Custom
 from .custom_functions import intercepted
 from .dual import DualTensor, SampledTangents
 from .estimate import Estimate, read_loss, solve
+from .exchange import copied_buffers, exchanged
 from .functional import RandomNumbers
 from .guides import Guide
 from .layers import parameters_of
@@ -49,7 +49,6 @@ class WeightPerturbation:
         self.model = model
         self.parameters = _trainable(model, wanted)
         padding = padding_rows(model)
-        self._whole = _WithLoss(model)
         self.momentum = Momentum(self.parameters)
         self.pieces: list[Piece] = []
         offset = 0
@@ -130,13 +129,14 @@ class WeightPerturbation:
         moves_buffers: bool,
     ) -> tuple[Tensor, Tensor]:
         """Loss and derivatives of one forward pass, as :func:`read_loss` gives them."""
-        state: dict[str, Any] = {f"model.{p.name}": self._dual(step, p, chunk, grams, touched) for p in self.pieces}
+        own: dict[int, Tensor] = {id(self.parameters[p.name]): self._dual(step, p, chunk, grams, touched) for p in self.pieces}
         inputs, target = step.inputs, step.target
         if not moves_buffers:  # the last pass does; the others leave inputs and target as they were, too
-            state |= {f"model.{name}": b for name, b in copied_buffers(self.model).items()}
+            own |= copied_buffers(self.model)
             inputs, target = snapshot((inputs, target))
-        with stopping_at_no_grad(), intercepted():
-            passed = read_loss(functional_call(self._whole, state, (step.loss_fn, inputs, target)))
+        # The loss inside, too: it may read parameters, for a penalty
+        with exchanged(self.model, own), stopping_at_no_grad(), intercepted():
+            passed = read_loss(step.loss_fn(self.model(*inputs[0], **inputs[1]), target))
         forget_duals(self.model)
         return passed
 
@@ -206,19 +206,6 @@ class WeightPerturbation:
             torch.autograd.graph.increment_version(p)
 
 
-class _WithLoss(nn.Module):
-    """Model and loss in one, so that a loss that reads parameters, a penalty for instance, finds those that are perturbed."""
-
-    _wraps_users_model = True
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, loss_fn: Callable[[Any, Any], Any], inputs: Inputs, target: Any) -> Any:
-        return loss_fn(self.model(*inputs[0], **inputs[1]), target)
-
-
 def inputs_of(input: Any) -> Inputs:
     """Positional and keyword arguments of a model, from what a call was given. A named tuple, such as a PackedSequence, is one
     argument."""
@@ -227,11 +214,6 @@ def inputs_of(input: Any) -> Inputs:
     if isinstance(input, Mapping):
         return (), dict(input)
     return (input,), {}
-
-
-def copied_buffers(model: nn.Module) -> dict[str, Any]:
-    """Stand-ins for the buffers in a pass that must not move running statistics."""
-    return {name: b.clone() for name, b in model.named_buffers()}
 
 
 def forget_duals(model: nn.Module) -> None:

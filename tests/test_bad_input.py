@@ -174,9 +174,13 @@ def test_outputs_that_are_no_activities():
         def forward(self, x):
             return self.out(self.inner(x, x))
 
+    class Box:
+        def __init__(self, y):
+            self.y = y
+
     class Odd(nn.Linear):
         def forward(self, x):
-            return {"y": super().forward(x)}
+            return Box(super().forward(x))
 
     class Unwrap(nn.Module):
         def __init__(self):
@@ -184,9 +188,9 @@ def test_outputs_that_are_no_activities():
             self.odd = Odd(3, 2)
 
         def forward(self, x):
-            return self.odd(x)["y"]
+            return self.odd(x).y
 
-    untouched(make(Unwrap()), error=TypeError, match="output of odd is dict")
+    untouched(make(Unwrap()), error=TypeError, match="output of odd is Box")
     rows = nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 2), nn.Unflatten(0, (6, 1)), nn.Flatten(1))
     make(rows)(X[:, None], Y)
     pairs = nn.Sequential(nn.Flatten(0, 1), nn.Linear(3, 2), nn.Unflatten(0, (6, 2)), nn.Flatten(1))

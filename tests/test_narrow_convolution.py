@@ -81,7 +81,7 @@ def test_a_filter_has_the_bits_it_has_alone(dtype):
         (dict(weight=torch.zeros(2, 4, 3)), r"weight has shape \(2, 4, 3\), expected \(filters, 4, \*\)"),
         (dict(weight=torch.zeros(2, 4, 3, 3).double()), "weight has dtype Double, expected Float"),
         (dict(weight=torch.zeros(2, 4, 9, 3)), "the kernel spans 9 places of axis 0, but the padded image has 7"),
-        (dict(weight=torch.zeros(2, 4, 0, 3)), "the kernel spans 0 places of axis 0"),
+        (dict(weight=torch.zeros(2, 4, 0, 3)), "kernel holds 0"),
         (dict(stride=[1]), "stride has 1 elements, expected 2"),
         (dict(stride=[0, 1]), "stride holds 0; accepted are integers from 1"),
         (dict(padding=[-1, 1]), "padding holds -1; accepted are integers from 0"),

@@ -309,6 +309,7 @@ class Constant(nn.Module):
     def __init__(self, how):
         super().__init__()
         self.a, self.b, self.how = nn.Linear(M, 4), nn.Linear(4, C), how
+        self.inner = frog.nn.Linear(4, 4).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(4))
 
     @torch.no_grad()
@@ -322,6 +323,11 @@ class Constant(nn.Module):
                 scale = h.abs().mean(1, keepdim=True) + 0.1
                 with torch.enable_grad():
                     h = h * 2
+        elif self.how == "layers and jvp":
+            with torch.no_grad():
+                scale = self.inner(h.abs()).sum(1, keepdim=True).abs() + 1
+                value, moved = frog.jvp(torch.sin, (x.sum(1, keepdim=True),), (torch.ones(1, len(x), 1),))
+                scale = scale + moved[0] ** 2 + value**2
         elif self.how == "decorator":
             scale = self.scale(h)
         elif self.how == "switch":
@@ -339,7 +345,7 @@ class Constant(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("perturb", ["weight", "activity"])
-@pytest.mark.parametrize("how", ["block", "decorator", "switch", "written", "reentrant", "checkpoint"])
+@pytest.mark.parametrize("how", ["block", "layers and jvp", "decorator", "switch", "written", "reentrant", "checkpoint"])
 def test_no_grad_within_a_model(how, perturb):
     x, y = torch.randn(B, M), torch.randint(0, C, (B,))
     model = Constant(how)
@@ -400,6 +406,37 @@ def test_a_seed_log_leaves_padding_alone(tmp_path):
     frog.SeedLog.replay(tmp_path / "log", start)
     assert all(torch.equal(p, q) for p, q in zip(start.parameters(), model.parameters()))
     assert not model.e.weight[2].any()
+
+
+class Aliased(nn.Module):
+    """A module, with a buffer, under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(M, M), nn.BatchNorm1d(M).eval(), nn.Tanh())
+        self.b, self.f = self.a, nn.Bilinear(M, M, C)
+
+    def forward(self, x):
+        return self.f(self.b(self.a(x)), x)
+
+
+@pytest.mark.parametrize("perturb, chunk_size", [("activity", None), ("activity", 40), ("weight", None), ("weight", 40)])
+def test_a_module_of_two_names(perturb, chunk_size):
+    model = Aliased()
+    model.a[1].train()
+    own = [*model.parameters(), *model.buffers()]
+    expected, x, y = copy.deepcopy(model), torch.randn(B, M), torch.randint(0, C, (B,))
+    losses(expected(x), y).mean().backward()
+    fg = frog.ForwardGradient(model, losses, k=K, perturb=perturb, chunk_size=chunk_size, per_sample=False)
+    fg(x, y)
+    frog.coverage(model, x)
+    assert all(a is b for a, b in zip((*model.parameters(), *model.buffers()), own, strict=True))
+    for p, q in zip(model.parameters(), expected.parameters()):
+        assert p.grad is not None
+        if perturb == "weight":
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9)
+    for a, b in zip(model.buffers(), expected.buffers()):
+        torch.testing.assert_close(a, b)
 
 
 class Padded(nn.Module):

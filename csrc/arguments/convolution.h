@@ -116,9 +116,9 @@ inline ConvolutionSizes check_narrow_convolution(const char* op, const Tensor& x
   check_floating(op, "x", x);
   check_dtype(op, "weight", weight, x.scalar_type());
   check_image_axes(op, x);
-  STD_TORCH_CHECK(weight.dim() == x.dim() && weight.size(0) >= 1 && weight.size(1) == x.size(1),
-                  op, ": weight has shape ", shape_string(weight), " and x has shape ", shape_string(x),
-                  ", expected (filters, channels, *) with a filter at least, and as many channels and axes as x");
+  STD_TORCH_CHECK(weight.dim() == x.dim() && weight.size(0) >= 1 && weight.size(1) == x.size(1), op,
+                  ": weight has shape ", shape_string(weight), ", expected (filters, ", x.size(1),
+                  ", *) with a filter at least and as many axes as x");
   const std::vector<int64_t> shape = shape_of(weight);
   return convolution_sizes(op, x, shape[0], {shape.begin() + 2, shape.end()}, stride, padding, dilation);
 }
@@ -133,9 +133,8 @@ inline ConvolutionSizes check_sampled_convolution(const char* op, const Tensor& 
   check_floating(op, "x", x);
   check_dtype(op, "self", self, x.scalar_type());
   check_image_axes(op, x);
-  STD_TORCH_CHECK(self.dim() == x.dim() + 1, op, ": self has shape ", shape_string(self),
-                  " and x has shape ", shape_string(x),
-                  ", expected (k, batch, outputs, *) with as many axes at the end");
+  STD_TORCH_CHECK(self.dim() == x.dim() + 1, op, ": self has shape ", shape_string(self), " and x has shape ",
+                  shape_string(x), ", expected (k, batch, outputs, *) with as many axes at the end");
   const ConvolutionSizes s = convolution_sizes(op, x, self.size(2), kernel, stride, padding, dilation);
   std::vector<int64_t> expected = s.y_shape;
   expected.insert(expected.begin(), self.size(0));

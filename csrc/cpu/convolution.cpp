@@ -7,6 +7,7 @@
 
 #include "../arguments/convolution.h"
 #include "blocks.h"
+#include "convolution_sampled.h"
 #include "product.h"
 
 namespace frog {
@@ -266,9 +267,34 @@ Tensor narrow_convolution(const Tensor& x_, const Tensor& weight, std::vector<in
   return to_dtype(y, x_.scalar_type());
 }
 
+void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, std::vector<int64_t> kernel,
+                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                          int64_t offset, int64_t first, int64_t distribution, bool add) {
+  const char* op = "sampled_convolution_";
+  check_cpu(op, "self", self);
+  check_cpu(op, "x", x_);
+  const ConvolutionSizes s =
+      check_sampled_convolution(op, self, x_, state, kernel, stride, padding, dilation, offset, first, distribution);
+  const DrawSpec spec = draw_spec(op, state, self.size(0), first, distribution);
+  dispatch_floating(op, x_.scalar_type(), [&](auto zero) {
+    using E = decltype(zero);
+    using T = typename ComputeOf<E>::type;
+    const ScalarType compute = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
+    const Tensor x = torch::stable::contiguous(to_dtype(x_, compute));
+    Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
+    for (int64_t first_image = 0; first_image < s.images; first_image += sampled::kImages) {
+      sampled::convolve(s, spec, self.size(0), offset, static_cast<const T*>(x.const_data_ptr()), first_image,
+                        std::min(sampled::kImages, s.images - first_image), add,
+                        static_cast<E*>(target.mutable_data_ptr()));
+    }
+    if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
+  });
+}
+
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
   m.impl("convolution_jvp", TORCH_BOX(&convolution_jvp));
   m.impl("narrow_convolution", TORCH_BOX(&narrow_convolution));
+  m.impl("sampled_convolution_", TORCH_BOX(&sampled_convolution_));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// sampled_convolution_: dy_i (+)= conv(x, dW_i) for k sampled tangents of the weight, as an implicit product of
-// matrices: a column is a place of the result in one image, a row an input channel and a place of the kernel (a tap).
+// What sampled_convolution_ does: dy_i (+)= conv(x, dW_i) for k sampled tangents of the weight, as an implicit product
+// of matrices: a column is a place of the result in one image, a row an input channel and a place of the kernel (a
+// tap).
 //
 // x is turned so that images lie side by side, and unfolded once for all k, some places at a time; neither the whole of
 // that nor a tangent is ever there. As the columns of a panel belong to few places, a tap that lies in the padding for
@@ -8,13 +9,14 @@
 //
 // Floor per tangent and weight element: one draw, and a fused multiply-add for each place that finds it in the image.
 // The sums run over channels and taps in order: no bit depends on the number of tangents, images or threads.
+#pragma once
+
 #include <cstring>
 
 #include "../arguments/convolution.h"
 #include "product.h"
 
-namespace frog {
-namespace {
+namespace frog::sampled {
 
 constexpr int64_t kImages = 64;                      // at a time
 constexpr int64_t kUnfoldedBytes = 8 * 1024 * 1024;  // of x, in last-level cache
@@ -148,8 +150,8 @@ void write(const T* sums, int64_t lanes, int64_t count, int64_t places, T* turne
 
 // Of `count` images from `first_image` on.
 template <class T, class E>
-void convolve_sampled(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_t offset, const T* x,
-                      int64_t first_image, int64_t count, bool add, E* self) {
+void convolve(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_t offset, const T* x,
+              int64_t first_image, int64_t count, bool add, E* self) {
   constexpr int64_t kBytes = sizeof(T);
   const Columns c(count, panel_width<T>(), vector_width<T>());
   const int64_t rows = s.rows(), taps = s.taps(), outputs = s.outputs(), columns = c.size();
@@ -228,30 +230,4 @@ void convolve_sampled(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k
   }
 }
 
-void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, std::vector<int64_t> kernel,
-                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                          int64_t offset, int64_t first, int64_t distribution, bool add) {
-  const char* op = "sampled_convolution_";
-  check_cpu(op, "self", self);
-  check_cpu(op, "x", x_);
-  const ConvolutionSizes s =
-      check_sampled_convolution(op, self, x_, state, kernel, stride, padding, dilation, offset, first, distribution);
-  const DrawSpec spec = draw_spec(op, state, self.size(0), first, distribution);
-  dispatch_floating(op, x_.scalar_type(), [&](auto zero) {
-    using E = decltype(zero);
-    using T = typename ComputeOf<E>::type;
-    const ScalarType compute = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-    const Tensor x = torch::stable::contiguous(to_dtype(x_, compute));
-    Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
-    for (int64_t first_image = 0; first_image < s.images; first_image += kImages) {
-      convolve_sampled(s, spec, self.size(0), offset, static_cast<const T*>(x.const_data_ptr()), first_image,
-                       std::min(kImages, s.images - first_image), add, static_cast<E*>(target.mutable_data_ptr()));
-    }
-    if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
-  });
-}
-
-STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) { m.impl("sampled_convolution_", TORCH_BOX(&sampled_convolution_)); }
-
-}  // namespace
-}  // namespace frog
+}  // namespace frog::sampled

@@ -32,7 +32,7 @@ from .segments import Segment, Trace, batch_axis, blocks, grams, joined, sample_
 from .share import ALONE, Share
 from .stopping import stopping_at_no_grad
 from .tangents import Distribution, LowRank, Piece, StandardBasis, Supplied, TangentSet
-from .weight import Inputs, Step, check_parameters, forget_duals
+from .weight import Inputs, Step, check_parameters, forget_duals, keeping_modules
 
 Perturb = Callable[[Segment, Tensor], Tensor]
 
@@ -49,7 +49,8 @@ class ActivityPerturbation:
     supplied ones and those in low precision are kept, k times the perturbed outputs of the batch."""
 
     def __init__(self, model: nn.Module, groups: list[Group], shared: bool, per_sample: bool) -> None:
-        self.model, self.groups, self.shared, self.per_sample = model, groups, shared, per_sample
+        self.model, self._keeping = model, keeping_modules(model)
+        self.groups, self.shared, self.per_sample = groups, shared, per_sample
         own = {id(p) for group in groups for p in group.parameters}
         self.parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if id(p) in own}
         check_parameters(model, self.parameters)
@@ -179,7 +180,7 @@ class ActivityPerturbation:
                 with exchanged(self.model, copied_buffers(self.model)):
                     output = self.model(*args, **kwargs)
             passed = read_loss(step.loss_fn(output, target))
-        forget_duals(self.model)
+        forget_duals(self._keeping)
         return passed
 
     def probe(self, step: Step, chunk: range) -> tuple[int, Trace]:

@@ -248,8 +248,10 @@ class ForwardGradient:
     def _add_to_grad(self, gradients: dict[str, Tensor]) -> None:
         parameters = self._method.parameters
         # Before any is assigned: a gradient of another dtype would be refused halfway
-        fitting = {name: g.to(parameters[name].dtype) for name, g in gradients.items()}
-        for name, g in fitting.items():
+        for name, g in gradients.items():
+            if g.dtype is not parameters[name].dtype:
+                gradients[name] = g.to(parameters[name].dtype)
+        for name, g in gradients.items():
             p = parameters[name]
             p.grad = g if p.grad is None else p.grad.add_(g)
 

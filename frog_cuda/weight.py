@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,7 +46,7 @@ class WeightPerturbation:
     """
 
     def __init__(self, model: nn.Module, wanted: Any) -> None:
-        self.model = model
+        self.model, self._keeping = model, keeping_modules(model)
         self.parameters = _trainable(model, wanted)
         padding = padding_rows(model)
         self.momentum = Momentum(self.parameters)
@@ -137,7 +137,7 @@ class WeightPerturbation:
         # The loss inside, too: it may read parameters, for a penalty
         with exchanged(self.model, own), stopping_at_no_grad(), intercepted():
             passed = read_loss(step.loss_fn(self.model(*inputs[0], **inputs[1]), target))
-        forget_duals(self.model)
+        forget_duals(self._keeping)
         return passed
 
     def probe(self, step: Step, chunk: range) -> tuple[int, None]:
@@ -216,11 +216,16 @@ def inputs_of(input: Any) -> Inputs:
     return (input,), {}
 
 
-def forget_duals(model: nn.Module) -> None:
+def keeping_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules that may keep what they compute in attributes: not PyTorch's own, unless a hook runs before them."""
+    return [m for m in model.modules() if m._forward_pre_hooks or not type(m).__module__.startswith("torch.nn.modules.")]
+
+
+def forget_duals(modules: Iterable[nn.Module]) -> None:
     """Puts values in place of DualTensors that modules keep in attributes: a later pass has other tangents, and none may be
     left where a model is saved."""
-    for module in model.modules():
-        own = vars(module)
+    for module in modules:
+        own = module.__dict__
         for name, value in own.items():
             if type(value) is DualTensor:
                 own[name] = value.primal

@@ -430,7 +430,7 @@ class ActivityPerturbation:
 
         def hook(group: Group) -> None:
             # The first hook of all: what the layer itself returns is perturbed, whatever others make of it
-            runs_again = not again and len(group.members) == 1 and group.closed_form() is None
+            runs_again = group.runs_again and not again
             if runs_again:
 
                 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

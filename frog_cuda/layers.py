@@ -41,14 +41,13 @@ class Group:
         for _, member in self.members:
             own = [p for p in parameters_of(member) if p.requires_grad]
             self.parameters += [p for p in own if not any(p is q for q in self.parameters)]
-        #: how a layer of this type gets its gradient without a second pass; None where that is not known
-        self.rule: LocalRule | None = local_rule(self.output) if len(self.members) == 1 else None
-
-    def closed_form(self) -> LocalRule | None:
-        """``rule``, unless the layer's weight is made of other parameters, as hooks of pruning and weight norm do."""
-        own = self.output._parameters
-        plain = own.keys() <= _OWN and all(getattr(self.output, name) is p for name, p in own.items())
-        return self.rule if plain else None
+        single = len(self.members) == 1
+        # Hooks of pruning and weight norm make the layer's weight of other parameters
+        plain = self.output._parameters.keys() <= _OWN
+        #: how a single layer gets its gradient without a second run; None where that is not known
+        self.rule: LocalRule | None = local_rule(self.output) if single and plain else None
+        #: whether the layer runs again for its gradient
+        self.runs_again = single and self.rule is None
 
 
 def select(model: nn.Module, layers: Any) -> list[list[Named]]:

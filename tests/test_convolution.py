@@ -185,6 +185,8 @@ SAMPLED = {
     "many channels": ((3, 40, 4, 4), (3, 200, 4, 4), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])),
     # taps that no image has
     "beside": ((9, 5, 1, 2), (9, 4, 1, 2), dict(kernel=[3, 3], stride=[1, 1], padding=[2, 1], dilation=[2, 1])),
+    # images that are no whole panels, whatever the vectors
+    "many images": ((41, 5, 3, 2), (41, 3, 3, 2), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])),
     # images in stretches, the second of three; places in stretches
     "large": ((67, 4, 65, 63), (67, 3, 65, 63), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])),
 }
@@ -246,7 +248,7 @@ def test_weight_tangents_are_never_all_there():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["2d", "strided", "many channels", "large"])
+@pytest.mark.parametrize("name", ["2d", "strided", "many channels", "many images", "large"])
 def test_bits_of_sampled_do_not_depend_on_tangents_images_or_threads(name, threads):
     shape, x_shape, options = SAMPLED[name]
     x, state, how = draw(*x_shape, dtype=torch.float32), torch.tensor([9, 4]), dict(offset=5, add=False)

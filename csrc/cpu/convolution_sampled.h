@@ -98,8 +98,10 @@ void turn(const T* images, int64_t count, int64_t elements, int64_t lanes, T* tu
   constexpr int64_t kElements = 4096;
   torch::stable::parallel_for(0, ceil_div(elements, kElements), 1, [&](int64_t a, int64_t b) {
     const int64_t from = a * kElements, to = std::min(elements, b * kElements);
-    if (lanes % vector_width<T>() == 0)
-      return pack(images + from, elements, count, to - from, lanes, turned + from * lanes);
+    if (lanes % vector_width<T>() == 0) {
+      pack(images + from, elements, count, to - from, lanes, turned + from * lanes);
+      return;
+    }
     for (int64_t e = from; e < to; ++e) {
       for (int64_t i = 0; i < lanes; ++i) turned[e * lanes + i] = i < count ? images[i * elements + e] : T(0);
     }
@@ -156,7 +158,8 @@ void convolve(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_
   const Columns c(count, panel_width<T>(), vector_width<T>());
   const int64_t rows = s.rows(), taps = s.taps(), outputs = s.outputs(), columns = c.size();
   const int64_t groups = ceil_div(outputs, c.group), panels = c.panels;
-  const int64_t fitting = kUnfoldedBytes / (std::max<int64_t>(1, rows) * columns * kBytes);
+  const int64_t unfolded_group = panels * c.width * rows;  // the last panel of a place may be narrower
+  const int64_t fitting = kUnfoldedBytes / std::max<int64_t>(1, unfolded_group * kBytes);
   const int64_t together = std::min(groups, std::max(fitting, ceil_div(kFewestColumns, columns)));
   const int64_t strip = std::min(s.filters, kTileRows * std::max<int64_t>(1, kStripRows / (kTileRows * k)));
   const int64_t strips = ceil_div(s.filters, std::max<int64_t>(1, strip));
@@ -169,7 +172,7 @@ void convolve(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_
   const int64_t steps = kPanelBytes / (c.width * kBytes);
   const int64_t grain = std::max<int64_t>(1, kTaskProducts / std::max<int64_t>(1, k * strip * rows * columns));
 
-  Scratch<T> turned(s.channels * s.inputs() * c.lanes), unfolded(together * columns * rows);
+  Scratch<T> turned(s.channels * s.inputs() * c.lanes), unfolded(together * unfolded_group);
   Scratch<int32_t> listed(together * panels * channels * taps);  // of each panel: where its rows lie in a drawn filter
   std::vector<int64_t> found(together * panels);                 // taps of each panel
   turn(x + first_image * s.channels * s.inputs(), count, s.channels * s.inputs(), c.lanes, turned.data());

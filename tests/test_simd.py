@@ -47,6 +47,11 @@ for distribution in ("normal", "rademacher"):
             y, dy, _ = ops.linear_jvp(x, dx, w, k=5)
             computed[distribution, dtype, "y", rows], computed[distribution, dtype, "dx W^T", rows] = y, dy
             computed[distribution, dtype, "gradient", rows] = ops.linear_gradient(x, x.sin())
+            images = torch.linspace(-3, 2, rows * 3 * 35, dtype=dtype).sin().view(rows, 3, 7, 5)
+            moved = torch.ones(5, rows, 7, 4, 5, dtype=dtype)
+            places = dict(kernel=[3, 3], stride=[2, 1], padding=[1, 1], dilation=[1, 1])
+            ops.sampled_convolution_(moved, images, state, offset=3, distribution=distribution, **places)
+            computed[distribution, dtype, "sampled convolution", rows] = moved
 torch.save((drawn, computed), sys.argv[1])
 """
 

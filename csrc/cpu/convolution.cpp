@@ -267,6 +267,36 @@ Tensor narrow_convolution(const Tensor& x_, const Tensor& weight, std::vector<in
   return to_dtype(y, x_.scalar_type());
 }
 
+// target [k, B, O, *] += the library's convolution with one tangent of the weight at a time, drawn and dropped again; =
+// without add. For machines whose vectors make no register tile.
+template <class E>
+void sampled_by_library(Tensor& target, const Tensor& x, const Tensor& state, const std::vector<int64_t>& kernel,
+                        const ConvolutionOptions& o, int64_t offset, int64_t first, int64_t distribution, bool add) {
+  using C = typename ComputeOf<E>::type;
+  const int64_t k = target.size(0), numel = target.numel() / std::max<int64_t>(1, k);
+  std::vector<int64_t> shape{target.size(2), x.size(1)};
+  shape.insert(shape.end(), kernel.begin(), kernel.end());
+  int64_t weights = 1;
+  for (const int64_t n : shape) weights *= n;
+  for (int64_t i = 0; i < k; ++i) {
+    std::array<StableIValue, 7> stack{detail::box(state),          detail::box(int64_t{1}), detail::box(weights),
+                                      detail::box(offset),         detail::box(first + i),  detail::box(distribution),
+                                      detail::box(x.scalar_type())};
+    const Tensor w =
+        torch::stable::view(detail::call_for_tensor("frog_cuda::sample_tangents", "", stack.data()), shape);
+    E* row = static_cast<E*>(target.mutable_data_ptr()) + i * numel;  // [B, O, *]
+    for_convolved(convolve, x, w, o, numel, [&](int64_t at, const Tensor& part) {
+      const E* from = static_cast<const E*>(part.const_data_ptr());
+      torch::stable::parallel_for(0, part.numel(), kWork, [&](int64_t a, int64_t b) {
+        E* to = row + at;
+        for (int64_t j = a; j < b; ++j) {
+          to[j] = add ? static_cast<E>(static_cast<C>(to[j]) + static_cast<C>(from[j])) : from[j];
+        }
+      });
+    });
+  }
+}
+
 void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, std::vector<int64_t> kernel,
                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                           int64_t offset, int64_t first, int64_t distribution, bool add) {
@@ -279,10 +309,14 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
   dispatch_floating(op, x_.scalar_type(), [&](auto zero) {
     using E = decltype(zero);
     using T = typename ComputeOf<E>::type;
-    const ScalarType compute = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-    const Tensor x = torch::stable::contiguous(to_dtype(x_, compute));
     Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
-    for (int64_t first_image = 0; first_image < s.images; first_image += sampled::kImages) {
+    const ScalarType compute = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
+    const Tensor x = torch::stable::contiguous(has_tile<T>() ? to_dtype(x_, compute) : x_);
+    if (!has_tile<T>()) {
+      const ConvolutionOptions o{stride, padding, dilation, false, std::vector<int64_t>(kernel.size(), 0), 1};
+      sampled_by_library<E>(target, x, state, kernel, o, offset, first, distribution, add);
+    }
+    for (int64_t first_image = 0; has_tile<T>() && first_image < s.images; first_image += sampled::kImages) {
       sampled::convolve(s, spec, self.size(0), offset, static_cast<const T*>(x.const_data_ptr()), first_image,
                         std::min(sampled::kImages, s.images - first_image), add,
                         static_cast<E*>(target.mutable_data_ptr()));

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from ._deferred import deferring
 from .dual import DualTensor
-from .exchange import copied_buffers, exchanged
+from .exchange import exchanged
 from .functional import RandomNumbers, copy_if_written
 from .layers import Group
 
@@ -59,7 +59,7 @@ class Call:
         self._parameters = list(layer.parameters())
         self._versions = [p._version for p in self._parameters]
         self._numbers = RandomNumbers(self._parameters, layer.modules())
-        self._buffers = copied_buffers(layer)
+        self._buffers = {name: b.clone() for name, b in layer.named_buffers()}  # others may be in their place later
 
     def again(self, name: str) -> None:
         """Runs the layer; a hook takes its output.
@@ -73,8 +73,10 @@ class Call:
                 "gradient and runs again for it; take gradients before the parameters move"
             )
         with torch.enable_grad(), self._numbers.replayed():
-            with suppress(Finished), exchanged(self.group.output, self._buffers):
-                self.group.output(*self._args, **self._kwargs)
+            layer = self.group.output
+            own = {id(b): self._buffers[name].clone() for name, b in layer.named_buffers()}
+            with suppress(Finished), exchanged(layer, own):
+                layer(*self._args, **self._kwargs)
         if not deferring():
             self.draws_numbers = self._numbers.moved
 

@@ -183,6 +183,25 @@ def test_passes_that_change_something(happens, perturb, chunk_size):
     assert torch.equal(given, written)
 
 
+@pytest.mark.parametrize("layers", [None, ["0", "1"], [["0", "1.0"], ["1.2"]]])
+def test_running_statistics_move_once_a_step(layers):
+    model = nn.Sequential(nn.Linear(M, M), nn.Sequential(nn.Linear(M, M), nn.BatchNorm1d(M), nn.Linear(M, C)))
+    expected, x, y = copy.deepcopy(model), torch.randn(B, M), torch.randint(0, C, (B,))
+    before = copy.deepcopy(model.state_dict())
+    for chunk_size in (None, 2):
+        fg = frog.ForwardGradient(model, losses, k=4, layers=layers, per_sample=False, chunk_size=chunk_size)
+        frog.simulate(fg, x, y)
+        for name, b in model.named_buffers():
+            assert torch.equal(b, before[name])
+        fg.derivatives(x, y)
+        for _ in range(2):
+            fg.gradients()
+        expected(x)
+        for b, other in zip(model.buffers(), expected.buffers()):
+            torch.testing.assert_close(b, other)
+        before = copy.deepcopy(model.state_dict())
+
+
 def test_several_modules_as_one_layer_run_again_on_what_there_was():
     model = Bilinear("input written")
     assert_is_the_gradient(model, torch.randn(B, M), torch.randint(0, C, (B,)), layers=[["a", "b"], ["f"]])

@@ -69,7 +69,7 @@ def test_unknown_arguments_are_named(tmp_path):
 
 
 def test_the_benchmark_runs(tmp_path):
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--tiny", "--seconds", "1000", "--out", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "gpu-cpu.json").read_text())

@@ -8,6 +8,7 @@ Flügel et al., arXiv 2410.17764, section 4.4.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -23,14 +24,14 @@ from .aggregate import Aggregate, Custom
 from .custom_functions import intercepted
 from .dual import DualTensor, perturbed, primal_of
 from .estimate import Estimate, read_loss, solve
-from .exchange import copied_buffers, exchanged
+from .exchange import buffers_as, saved_buffers, unmoved_buffers
 from .functional import RandomNumbers
 from .layers import Group
 from .local import local_gradient
 from .rerun import Call, Finished, local_gradients, snapshot
 from .segments import Segment, Trace, batch_axis, blocks, grams, joined, sample_grams, side_by_side
 from .share import ALONE, Share
-from .stopping import stopping_at_no_grad
+from .stopping import stopped, stopping_at_no_grad
 from .tangents import Distribution, LowRank, Piece, StandardBasis, Supplied, TangentSet
 from .weight import Inputs, Step, check_parameters, forget_duals, keeping_modules
 
@@ -57,7 +58,7 @@ class ActivityPerturbation:
         self._pieces: list[Piece] = []
         self._warned = False
         self._draws_numbers = False  # seen where a layer last ran a second time
-        self._repeats_passes = any(len(group.members) > 1 for group in groups)
+        self._repeats_passes = any(group.rule is None and not group.runs_again for group in groups)
         self._losses_per_sample = per_sample  # in the step before
 
     @property
@@ -82,7 +83,7 @@ class ActivityPerturbation:
         trace, numbers = Trace(), RandomNumbers(self.parameters.values(), self.model.modules())
         with torch.no_grad(), numbers.replayed(), self._hooked(trace, lambda segment, y: y):
             args, kwargs = snapshot(inputs)
-            with exchanged(self.model, copied_buffers(self.model)):
+            with unmoved_buffers(self.model):
                 self.model(*args, **kwargs)
         return trace.segments
 
@@ -136,7 +137,7 @@ class ActivityPerturbation:
         if passes > 1 or self._repeats_passes:
             trace.numbers = RandomNumbers(self.parameters.values(), self.model.modules())
         if self._repeats_passes:
-            trace.buffers, trace.inputs = copied_buffers(self.model), snapshot(inputs)
+            trace.buffers, trace.inputs = saved_buffers(self.model), snapshot(inputs)
         return trace
 
     def _drawn_ahead(self, step: Step) -> Tensor | None:
@@ -172,12 +173,12 @@ class ActivityPerturbation:
                 segment.grams = torch.cat([grams(v[:, rows]) for rows in blocks(segment, len(v))])
             return perturbed(y, v)
 
-        with torch.no_grad(), stopping_at_no_grad(), intercepted(), self._hooked(trace, perturb):
+        with torch.no_grad(), intercepted(), self._hooked(trace, perturb):
             if moves_buffers:  # the last pass; the others leave buffers, inputs and target as they were
                 output, target = self.model(*step.inputs[0], **step.inputs[1]), step.target
             else:
                 (args, kwargs), target = snapshot((step.inputs, step.target))
-                with exchanged(self.model, copied_buffers(self.model)):
+                with unmoved_buffers(self.model):
                     output = self.model(*args, **kwargs)
             passed = read_loss(step.loss_fn(output, target))
         forget_duals(self._keeping)
@@ -388,17 +389,33 @@ class ActivityPerturbation:
             self._draws_numbers = any(draws)
 
     def _again(self, call: Call) -> list[Tensor]:
-        """Outputs of one layer, recorded; those of perturbed layers within it are cut off."""
+        """Outputs of one layer, recorded. Calls of itself within are a part of it."""
         outputs: list[Tensor] = []
+        layer, depth = call.group.output, 0
 
         def cut(segment: Segment, y: Tensor) -> Tensor:
-            if segment.group is not call.group:
-                return y.detach()
-            outputs.append(y)
+            if depth == 1:
+                outputs.append(y)
             return y
 
-        with self._hooked(Trace(), cut, again=True, until=call.group):
-            call.again(call.group.name)
+        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal depth
+            depth += 1
+
+        def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            nonlocal depth
+            depth -= 1
+            if depth == 0:
+                raise Finished
+
+        # The hooks of the second line come before the one of the first
+        handles = layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, prepend=True)
+        try:
+            with self._hooked(Trace(), cut, [call.group]):
+                call.again(call.group.name)
+        finally:
+            for handle in handles:
+                handle.remove()
         return outputs
 
     def _pass_again(self, trace: Trace, wanted: list[int]) -> list[Tensor]:
@@ -414,23 +431,23 @@ class ActivityPerturbation:
             return y.detach()
 
         assert trace.numbers is not None and trace.buffers is not None
-        with torch.enable_grad(), trace.numbers.replayed(), suppress(Finished), self._hooked(again, cut, again=True):
+        with torch.enable_grad(), trace.numbers.replayed(), suppress(Finished), self._hooked(again, cut, self.groups):
             args, kwargs = snapshot(trace.inputs)
-            with exchanged(self.model, {at: b.clone() for at, b in trace.buffers.items()}):
+            with buffers_as(self.model, trace.buffers):
                 self.model(*args, **kwargs)
         return outputs
 
     @contextmanager
-    def _hooked(self, trace: Trace, perturb: Perturb, again: bool = False, until: Group | None = None) -> Iterator[None]:
-        """Passes each output of a perturbed layer through ``perturb``; fills ``trace`` in the order of the calls. ``again``: no
-        layer has to run another time. ``until``: a layer whose end is the end."""
+    def _hooked(self, trace: Trace, perturb: Perturb, groups: list[Group] | None = None) -> Iterator[None]:
+        """Passes each output of a perturbed layer through ``perturb``; fills ``trace`` in the order of the calls. What runs
+        under ``no_grad`` is no layer. ``groups``: of these, for a pass after which no layer runs again."""
         trace.segments, trace.offset = [], 0
         calls: list[Call] = []
         handles = []
 
         def hook(group: Group) -> None:
             # The first hook of all: what the layer itself returns is perturbed, whatever others make of it
-            runs_again = group.runs_again and not again
+            runs_again = group.runs_again and groups is None
             if runs_again:
 
                 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -439,18 +456,24 @@ class ActivityPerturbation:
                 handles.append(group.output.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
 
             def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-                call = calls.pop() if runs_again else None
-                output = self._visit(trace, group, call, args[0] if args else kwargs.get("input"), output, perturb)
-                if group is until:
-                    raise Finished
-                return output
+                call = None
+                if runs_again:
+                    call = calls.pop()
+                    if sys.exc_info()[0] is not None:  # the layer has raised; the model may catch that and go on
+                        return None
+                    call.ended()
+                if stopped() or any(c.group is group for c in calls):  # a constant, or a layer that calls itself
+                    return None
+                return self._visit(trace, group, call, args[0] if args else kwargs.get("input"), output, perturb)
 
-            handles.append(group.output.register_forward_hook(after, prepend=True, with_kwargs=True))
+            how: dict[str, bool] = {"prepend": True, "with_kwargs": True, "always_call": runs_again}
+            handles.append(group.output.register_forward_hook(after, **how))
 
         try:
-            for group in self.groups:
+            for group in self.groups if groups is None else groups:
                 hook(group)
-            yield
+            with stopping_at_no_grad():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -479,7 +502,7 @@ class ActivityPerturbation:
         value = primal_of(y)
         shape = value.shape
         piece = self._piece(trace, name, shape[1:] if self.shared else shape)
-        x = primal_of(given) if call is None and len(group.members) == 1 else None
+        x = primal_of(given) if group.rule is not None else None
         version = 0
         if x is not None:
             # A fused operator leaves a value and its tangents in one block of memory, which the value alone would keep alive

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import dual
 from .custom_functions import intercepted
 from .dual import DualTensor
-from .exchange import copied_buffers, exchanged
+from .exchange import exchanged, unmoved_buffers
 from .nn import DROP_IN
 from .rules import fallback
 from .weight import inputs_of
@@ -122,9 +122,9 @@ def coverage(model: nn.Module, input: Any) -> Coverage:
     args, kwargs = inputs_of(input)
     found, path = Coverage(), [""]
     with _one_at_a_time, torch.no_grad(), intercepted(), _paths(model, path), _recorded(found, path):
-        own = copied_buffers(model) | {id(p): _dual(p) for p in model.parameters()}
+        own = {id(p): _dual(p) for p in model.parameters()}
         try:
-            with exchanged(model, own):
+            with unmoved_buffers(model), exchanged(model, own):
                 model(*map(_dual, args), **{n: _dual(a) for n, a in kwargs.items()})
         except NotImplementedError as error:
             found.rows[path[-1], re.split(r":| \(called from", str(error))[0], "unsupported"] = 1

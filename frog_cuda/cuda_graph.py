@@ -82,8 +82,10 @@ class GraphedSteps:
         if key not in self._steps:
             self._steps[key] = None
             return None
-        step = self._steps[key]
+        step, last = self._steps[key], self._owner.last
         if step is None:
+            if last is None or (last.trace is not None and not last.trace.segments):
+                return None  # no step has succeeded since: what a graph needs to know is not there
             step = self._steps[key] = Captured(self._owner, leaves, spec)
         return step(leaves)
 

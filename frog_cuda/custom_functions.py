@@ -27,9 +27,9 @@ from .rules.helpers import common_k, low_dtype, parts, share_memory, wrap
 
 _lock = threading.Lock()
 _passes = 0
-_apply: Any = Function.__dict__["apply"].__func__
-#: what ``apply`` does otherwise
-_plainly = types.FunctionType(_apply.__code__, _apply.__globals__, "apply", _apply.__defaults__, _apply.__closure__)
+_original: Any = Function.__dict__["apply"]
+#: the method, where it is written in Python: since torch 2.14 it is not, and what was kept of it before is not caught
+_apply: Any = getattr(_original, "__func__", None)
 
 
 def _instead(cls, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -38,7 +38,14 @@ def _instead(cls, *args, **kwargs):  # type: ignore[no-untyped-def]
     return custom_functions.applied(cls, args, kwargs)
 
 
-_CODES = _apply.__code__, _instead.__code__.replace(co_freevars=_apply.__code__.co_freevars)
+if _apply is not None:
+    _CODES = _apply.__code__, _instead.__code__.replace(co_freevars=_apply.__code__.co_freevars)
+    _same = types.FunctionType(_apply.__code__, _apply.__globals__, "apply", _apply.__defaults__, _apply.__closure__)
+
+
+def _plainly(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``apply`` does otherwise."""
+    return _original.__get__(None, cls)(*args, **kwargs) if _apply is None else _same(cls, *args, **kwargs)
 
 
 @contextmanager
@@ -61,7 +68,10 @@ def _count(change: int) -> None:
     global _passes
     with _lock:
         _passes += change
-        _apply.__code__ = _CODES[_passes > 0]
+        if _apply is not None:
+            _apply.__code__ = _CODES[_passes > 0]
+        else:
+            Function.apply = classmethod(_instead) if _passes > 0 else _original  # type: ignore[method-assign, assignment]
 
 
 def applied(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

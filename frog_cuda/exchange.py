@@ -31,6 +31,30 @@ def exchanged(model: nn.Module, tensors: Mapping[int, Tensor]) -> Iterator[None]
             owner[name] = t
 
 
-def copied_buffers(model: nn.Module) -> dict[int, Tensor]:
-    """Stand-ins for the buffers, in a pass that must not move running statistics."""
-    return {id(b): b.clone() for b in model.buffers()}
+@contextmanager
+def unmoved_buffers(model: nn.Module) -> Iterator[None]:
+    """For a pass that must not move running statistics: inside, buffers are copies; afterwards they are what they were, and
+    those that the pass has registered are gone."""
+    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    copies = {id(b): b.clone() for b in model.buffers()}
+    try:
+        for owner, own in before:
+            owner.update((name, b if b is None else copies[id(b)]) for name, b in own.items())
+        yield
+    finally:
+        for owner, own in before:
+            owner.clear()
+            owner.update(own)
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers, for :func:`buffers_as`."""
+    return {name: b.clone() for name, b in model.named_buffers()}
+
+
+@contextmanager
+def buffers_as(model: nn.Module, saved: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, buffers are what they were when they were saved; afterwards, what they are now."""
+    with unmoved_buffers(model):
+        with exchanged(model, {id(b): saved[name].clone() for name, b in model.named_buffers() if name in saved}):
+            yield

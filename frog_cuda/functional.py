@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -168,12 +167,19 @@ def _split(outs: list[Any], k: int) -> tuple[list[Tensor], list[Tensor]]:
     return values, tangents
 
 
+def _same(a: Any, b: Any) -> bool:
+    """Of states of generators: tensors, or tuples with numpy's arrays."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    return all(np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y for x, y in zip(a, b, strict=True))
+
+
 class RandomNumbers:
     """Remembers where the random number generators stand: PyTorch's of the CPU and of the tensors' GPUs, those that modules
     keep in attributes, Python's and numpy's.
 
     Attributes:
-        moved: whether PyTorch's drew numbers when they were last replayed.
+        moved: whether numbers were drawn when they were last replayed.
     """
 
     moved = False
@@ -189,16 +195,21 @@ class RandomNumbers:
         self._states = self._read()
 
     def _read(self) -> tuple[list[Tensor], list[Any]]:
-        numpy = sys.modules.get("numpy")
-        others = [random.getstate(), *([] if numpy is None else [numpy.random.get_state()])]
-        return [g.get_state() for g in self._generators], others
+        return [g.get_state() for g in self._generators], [random.getstate(), np.random.get_state()]  # noqa: NPY002
 
     def _set(self, states: tuple[list[Tensor], list[Any]]) -> None:
         for generator, state in zip(self._generators, states[0], strict=True):
             generator.set_state(state)
         random.setstate(states[1][0])
-        for state in states[1][1:]:
-            sys.modules["numpy"].random.set_state(state)
+        np.random.set_state(states[1][1])  # noqa: NPY002
+
+    def drawn(self) -> bool:
+        """Whether any of them has moved since; never where no state can be read."""
+        if self._states is None:
+            return False
+        generators, others = self._read()
+        pairs = [*zip(self._states[0], generators, strict=True), *zip(self._states[1], others, strict=True)]
+        return not all(_same(a, b) for a, b in pairs)
 
     def rewind(self) -> None:
         """Puts them back, so that the next pass draws what the first one drew."""
@@ -216,6 +227,5 @@ class RandomNumbers:
         try:
             yield
         finally:
-            reached = [g.get_state() for g in self._generators]
-            self.moved = any(not torch.equal(a, b) for a, b in zip(self._states[0], reached, strict=True))
+            self.moved = self.drawn()
             self._set(later)

@@ -46,7 +46,7 @@ class Group:
         plain = self.output._parameters.keys() <= _OWN
         #: how a single layer gets its gradient without a second run; None where that is not known
         self.rule: LocalRule | None = local_rule(self.output) if single and plain else None
-        #: whether the layer runs again for its gradient
+        #: whether the layer runs again for its gradient; otherwise, and without a rule, the whole pass is repeated
         self.runs_again = single and self.rule is None
 
 
@@ -123,6 +123,12 @@ def activity_groups(model: nn.Module, layers: Any) -> list[Group]:
         if group.parameters:
             outputs.add(id(group.output))
             unique.append(group)
+    for group in unique:
+        within = set(group.output.modules()) - {group.output}
+        nested = [other for other in unique if other.output in within]
+        # What an inner layer is given depends on parameters of the outer one
+        for one in (group, *nested) if nested else ():
+            one.runs_again = False
     if not unique:
         raise ValueError("model: nothing to perturb: no selected layer has parameters that require grad")
     if layers is None:

@@ -8,16 +8,15 @@ repeated, see :mod:`frog_cuda.activity`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ._deferred import deferring
 from .dual import DualTensor
-from .exchange import exchanged
+from .exchange import buffers_as, saved_buffers
 from .functional import RandomNumbers, copy_if_written
 from .layers import Group
 
@@ -48,10 +47,10 @@ class Call:
 
     Attributes:
         group: the layer.
-        draws_numbers: whether the layer drew random numbers when it last ran again; None before.
+        draws_numbers: whether the layer drew random numbers.
     """
 
-    draws_numbers: bool | None = None
+    draws_numbers = False
 
     def __init__(self, group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.group, layer = group, group.output
@@ -59,7 +58,11 @@ class Call:
         self._parameters = list(layer.parameters())
         self._versions = [p._version for p in self._parameters]
         self._numbers = RandomNumbers(self._parameters, layer.modules())
-        self._buffers = {name: b.clone() for name, b in layer.named_buffers()}  # others may be in their place later
+        self._buffers = saved_buffers(layer)
+
+    def ended(self) -> None:
+        """The layer has run."""
+        self.draws_numbers = self._numbers.drawn()
 
     def again(self, name: str) -> None:
         """Runs the layer; a hook takes its output.
@@ -72,13 +75,9 @@ class Call:
                 f"layers: the parameters of {name} were changed after the forward pass, but the layer has no closed-form "
                 "gradient and runs again for it; take gradients before the parameters move"
             )
-        with torch.enable_grad(), self._numbers.replayed():
-            layer = self.group.output
-            own = {id(b): self._buffers[name].clone() for name, b in layer.named_buffers()}
-            with suppress(Finished), exchanged(layer, own):
-                layer(*self._args, **self._kwargs)
-        if not deferring():
-            self.draws_numbers = self._numbers.moved
+        with torch.enable_grad(), self._numbers.replayed() if self.draws_numbers else nullcontext():
+            with suppress(Finished), buffers_as(self.group.output, self._buffers):
+                self.group.output(*self._args, **self._kwargs)
 
 
 def local_gradients(

@@ -45,7 +45,7 @@ class Trace:
     pieces: list[Piece] = field(default_factory=list)  # of the passes before, which serve again where they are the same
     scale: float = 1.0  # of a sample's gradient in that of the mean loss
     numbers: RandomNumbers | None = None
-    buffers: dict[int, Tensor] | None = None
+    buffers: dict[str, Tensor] | None = None
     inputs: Any = None
     lasting: bool = False  # a captured graph reads it again
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ._checks import flat
 from .activity import ActivityPerturbation, Segment
 from .estimate import Estimate, solve
-from .exchange import copied_buffers, exchanged
+from .exchange import unmoved_buffers
 from .forward_gradient import ForwardGradient
 from .functional import RandomNumbers
 from .rerun import snapshot
@@ -71,7 +71,7 @@ def simulate(fg: ForwardGradient, input: Any, target: Any) -> Simulated:
 
 def _loss(fg: ForwardGradient, inputs: Inputs, target: Any) -> Tensor:
     (args, kwargs), target = snapshot((inputs, target))
-    with exchanged(fg.model, copied_buffers(fg.model)):
+    with unmoved_buffers(fg.model):
         return fg.loss_fn(fg.model(*args, **kwargs), target)
 
 

@@ -78,41 +78,63 @@ def stopping_at_no_grad() -> Iterator[None]:
                     setattr(owner, name, original)
 
 
-def _stop(entered: list[bool], args: tuple[Any, ...]) -> None:
-    caller = sys._getframe(2).f_globals.get("__name__", "")
-    entered.append(entered[-1:] == [True] if caller.startswith(_CALLERS_THAT_DIFFERENTIATE) else True)
+def _stops(entered: list[bool], stops: bool) -> None:
+    """Notes what a context manager means that was just entered, two calls up: for some, what was meant before."""
+    caller = sys._getframe(3).f_globals.get("__name__", "")
+    entered.append(entered[-1:] == [True] if caller.startswith(_CALLERS_THAT_DIFFERENTIATE) else stops)
 
 
-def _go_on(entered: list[bool], args: tuple[Any, ...]) -> None:
+def _stop(entered: list[bool], manager: Any, args: tuple[Any, ...]) -> None:
+    _stops(entered, True)
+
+
+def _stop_where_on(entered: list[bool], manager: Any, args: tuple[Any, ...]) -> None:
+    _stops(entered, manager.mode or entered[-1:] == [True])
+
+
+def _go_on(entered: list[bool], manager: Any, args: tuple[Any, ...]) -> None:
     entered.append(False)
 
 
-def _switch(entered: list[bool], args: tuple[Any, ...]) -> None:
+def _switch(entered: list[bool], manager: Any, args: tuple[Any, ...]) -> None:
     if sys._getframe(2).f_globals.get("__name__") != torch.no_grad.__module__:  # which switches by this one
         entered.append(not args[0])
 
 
-def _leave(entered: list[bool], args: tuple[Any, ...]) -> None:
+def _leave(entered: list[bool], manager: Any, args: tuple[Any, ...]) -> None:
     if entered:
         entered.pop()
 
 
-def _noting(owner: type, name: str, note: Callable[[list[bool], tuple[Any, ...]], None]) -> tuple[type, str, Any, Any]:
+def _noting(owner: type, name: str, note: Callable[[list[bool], Any, tuple[Any, ...]], None]) -> tuple[Any, str, Any, Any]:
     """A method of a context manager of PyTorch that notes when it is entered or left, and the method as it was."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _local.entered is not None:
-            note(_local.entered, (*args, *kwargs.values()))
+            note(_local.entered, self, (*args, *kwargs.values()))
         return original(self, *args, **kwargs)
 
     return owner, name, noting, original
 
 
-_METHODS = [
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def _would_record() -> bool:
+    """What ``torch.is_grad_enabled`` tells a model in a pass: whether there is a derivative. It may set that mode anew."""
+    if _local.entered is None or sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __package__ + ".")):
+        return _is_grad_enabled()
+    return not stopped()
+
+
+_MANAGERS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
+_METHODS: list[tuple[Any, str, Any, Any]] = [
     _noting(torch.no_grad, "__enter__", _stop),
+    _noting(torch.inference_mode, "__enter__", _stop_where_on),
     _noting(torch.enable_grad, "__enter__", _go_on),
     _noting(torch.set_grad_enabled, "__init__", _switch),
-    *(_noting(owner, "__exit__", _leave) for owner in (torch.no_grad, torch.enable_grad, torch.set_grad_enabled)),
+    *(_noting(owner, "__exit__", _leave) for owner in _MANAGERS),
+    (torch, "is_grad_enabled", _would_record, _is_grad_enabled),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from .aggregate import Aggregate, Custom
 from .custom_functions import intercepted
 from .dual import DualTensor, SampledTangents
 from .estimate import Estimate, read_loss, solve
-from .exchange import copied_buffers, exchanged
+from .exchange import exchanged, unmoved_buffers
 from .functional import RandomNumbers
 from .guides import Guide
 from .layers import parameters_of
@@ -132,10 +133,10 @@ class WeightPerturbation:
         own: dict[int, Tensor] = {id(self.parameters[p.name]): self._dual(step, p, chunk, grams, touched) for p in self.pieces}
         inputs, target = step.inputs, step.target
         if not moves_buffers:  # the last pass does; the others leave inputs and target as they were, too
-            own |= copied_buffers(self.model)
             inputs, target = snapshot((inputs, target))
+        buffers = nullcontext() if moves_buffers else unmoved_buffers(self.model)
         # The loss inside, too: it may read parameters, for a penalty
-        with exchanged(self.model, own), stopping_at_no_grad(), intercepted():
+        with buffers, exchanged(self.model, own), stopping_at_no_grad(), intercepted():
             passed = read_loss(step.loss_fn(self.model(*inputs[0], **inputs[1]), target))
         forget_duals(self._keeping)
         return passed
@@ -222,13 +223,13 @@ def keeping_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def forget_duals(modules: Iterable[nn.Module]) -> None:
-    """Puts values in place of DualTensors that modules keep in attributes: a later pass has other tangents, and none may be
-    left where a model is saved."""
+    """Puts values in place of DualTensors that modules keep in attributes or buffers: a later pass has other tangents, and none
+    may be left where a model is saved."""
     for module in modules:
-        own = module.__dict__
-        for name, value in own.items():
-            if type(value) is DualTensor:
-                own[name] = value.primal
+        for own in (module.__dict__, module._buffers):
+            for name, value in own.items():
+                if type(value) is DualTensor:
+                    own[name] = value.primal
 
 
 def padding_rows(model: nn.Module) -> dict[str, int]:

@@ -3,6 +3,7 @@ do out of the ordinary things."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import random
@@ -15,7 +16,10 @@ from torch.nn.utils import parametrizations, prune
 
 import frog_cuda as frog
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*"),
+    pytest.mark.filterwarnings("ignore:activity perturbation. c were not called"),
+]
 
 #: samples, features, classes, enough tangents for all of what follows
 B, M, C, K = 6, 5, 3, 160
@@ -328,6 +332,7 @@ class Constant(nn.Module):
     def __init__(self, how):
         super().__init__()
         self.a, self.b, self.how = nn.Linear(M, 4), nn.Linear(4, C), how
+        self.c = nn.Linear(4, 1)
         self.inner = frog.nn.Linear(4, 4).requires_grad_(False)
         self.register_buffer("mean", torch.zeros(4))
 
@@ -347,6 +352,20 @@ class Constant(nn.Module):
                 scale = self.inner(h.abs()).sum(1, keepdim=True).abs() + 1
                 value, moved = frog.jvp(torch.sin, (x.sum(1, keepdim=True),), (torch.ones(1, len(x), 1),))
                 scale = scale + moved[0] ** 2 + value**2
+        elif self.how == "inference":
+            with torch.inference_mode():
+                scale = h.abs().mean(1, keepdim=True) + 0.1
+            scale = scale.clone()
+        elif self.how == "as it is":
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
+                h = h * 2
+            before = torch.is_grad_enabled()
+            torch.set_grad_enabled(False)
+            scale = h.abs().mean(1, keepdim=True) + 0.1
+            torch.set_grad_enabled(before)
+        elif self.how == "layer":
+            with torch.no_grad():
+                scale = self.c(h).abs() + 1
         elif self.how == "decorator":
             scale = self.scale(h)
         elif self.how == "switch":
@@ -364,7 +383,10 @@ class Constant(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("perturb", ["weight", "activity"])
-@pytest.mark.parametrize("how", ["block", "layers and jvp", "decorator", "switch", "written", "reentrant", "checkpoint"])
+@pytest.mark.parametrize(
+    "how",
+    ["block", "inference", "as it is", "layer", "layers and jvp", "decorator", "switch", "written", "reentrant", "checkpoint"],
+)
 def test_no_grad_within_a_model(how, perturb):
     x, y = torch.randn(B, M), torch.randint(0, C, (B,))
     model = Constant(how)
@@ -456,6 +478,76 @@ def test_a_module_of_two_names(perturb, chunk_size):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9)
     for a, b in zip(model.buffers(), expected.buffers()):
         torch.testing.assert_close(a, b)
+
+
+class Tree(nn.Module):
+    """A layer without a closed form that calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(M))
+
+    def forward(self, x, n=2):
+        y = torch.tanh(x * self.w)
+        return y if n == 0 else self(y, n - 1) + x
+
+
+class Catching(nn.Module):
+    """A model that goes on where a layer has raised."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.f = Tree(), Tree(), nn.Linear(M, C)
+
+    def forward(self, x):
+        for layer in (self.a, self.b):
+            with contextlib.suppress(TypeError):
+                layer(x, "not a number")
+        return self.f(self.a(self.b(x, 0), 0))
+
+
+class Moving(nn.Module):
+    """A buffer that forward assigns, and one that it registers."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(M, C)
+        self.register_buffer("h", torch.zeros(()))
+
+    def forward(self, x):
+        y = self.f(x)
+        self.h = 0.9 * self.h + 0.1 * y.pow(2).mean()
+        if "z" not in self._buffers:
+            self.register_buffer("z", torch.ones(()))
+        self.z = self.z + 1
+        return y * self.z
+
+
+@pytest.mark.parametrize("chunk_size", [None, 60])
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+@pytest.mark.parametrize("model", [lambda: nn.Sequential(Tree(), nn.Linear(M, C)), Catching, Moving])
+def test_models_that_call_catch_and_assign(model, perturb, chunk_size):
+    torch.manual_seed(4)
+    model, x, y = model(), torch.randn(B, M), torch.randint(0, C, (B,))
+    twin = copy.deepcopy(model)
+    fg = frog.ForwardGradient(model, losses, k=K, perturb=perturb, chunk_size=chunk_size)
+    for _ in range(2):
+        model.zero_grad(), twin.zero_grad()
+        losses(twin(x), y).mean().backward()
+        fg(x, y)
+        for b, other in zip(model.buffers(), twin.buffers(), strict=True):
+            assert type(b) is torch.Tensor
+            torch.testing.assert_close(b, other.detach())
+            other.detach_()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-9)
+
+
+def test_in_the_forward_mode_of_another():
+    """PyTorch counts its levels for all threads."""
+    model, x, y = nn.Sequential(nn.Linear(M, 4), nn.GELU(), nn.Linear(4, C)), torch.randn(B, M), torch.randint(0, C, (B,))
+    with torch.autograd.forward_ad.dual_level():
+        assert_is_the_gradient(model, x, y, perturb="weight")
 
 
 class Padded(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import DispatchKey, _functorch
 from torch.autograd import forward_ad
 
 _ops = torch.ops.frog_cuda
@@ -12,7 +12,8 @@ _ops = torch.ops.frog_cuda
 
 def _guard(name: str, *tensors: Tensor | None) -> None:
     """Raises where PyTorch would silently drop a tangent or a gradient."""
-    if forward_ad._current_level >= 0:
+    # Another thread may be in forward mode; below autograd no tensor shows a tangent, and asking for it is an error
+    if forward_ad._current_level >= 0 and not torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.AutogradCPU):
         for t in tensors:
             if t is not None and forward_ad.unpack_dual(t).tangent is not None:
                 raise RuntimeError(

@@ -8,37 +8,31 @@ Flügel et al., arXiv 2410.17764, section 4.4.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import ops
 from ._checks import flat, warn
 from ._deferred import deferring
 from .aggregate import Aggregate, Custom
 from .custom_functions import intercepted
-from .dual import DualTensor, perturbed, primal_of
+from .dual import perturbed, primal_of
 from .estimate import Estimate, read_loss, solve
 from .exchange import buffers_as, saved_buffers, unmoved_buffers
 from .functional import RandomNumbers
+from .hooks import Perturb, hooked
 from .layers import Group
 from .local import local_gradient
 from .rerun import Call, Finished, local_gradients, snapshot
-from .segments import Segment, Trace, batch_axis, blocks, grams, joined, sample_grams, side_by_side
+from .segments import Segment, Trace, blocks, grams, joined, sample_grams, side_by_side
 from .share import ALONE, Share
-from .stopping import stopped, stopping_at_no_grad
 from .tangents import Distribution, LowRank, Piece, StandardBasis, Supplied, TangentSet
 from .weight import Inputs, Step, check_parameters, forget_duals, keeping_modules
 
-Perturb = Callable[[Segment, Tensor], Tensor]
-
-#: elements of an input's tangents
-_WORTH_A_COPY = 1 << 20
 #: elements up to which the tangents of all layers are drawn in one call. A layer's part of more than one tangent is not
 #: contiguous, and operators copy it: for few elements less work than calls and Gram matrices layer by layer.
 _DRAWN_AT_ONCE = 1 << 20
@@ -437,89 +431,6 @@ class ActivityPerturbation:
                 self.model(*args, **kwargs)
         return outputs
 
-    @contextmanager
-    def _hooked(self, trace: Trace, perturb: Perturb, groups: list[Group] | None = None) -> Iterator[None]:
-        """Passes each output of a perturbed layer through ``perturb``; fills ``trace`` in the order of the calls. What runs
-        under ``no_grad`` is no layer. ``groups``: of these, for a pass after which no layer runs again."""
-        trace.segments, trace.offset = [], 0
-        calls: list[Call] = []
-        handles = []
-
-        def hook(group: Group) -> None:
-            # The first hook of all: what the layer itself returns is perturbed, whatever others make of it
-            runs_again = group.runs_again and groups is None
-            if runs_again:
-
-                def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                    calls.append(Call(group, args, kwargs))
-
-                handles.append(group.output.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-
-            def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-                call = None
-                if runs_again:
-                    call = calls.pop()
-                    if sys.exc_info()[0] is not None:  # the layer has raised; the model may catch that and go on
-                        return None
-                    call.ended()
-                if stopped() or any(c.group is group for c in calls):  # a constant, or a layer that calls itself
-                    return None
-                return self._visit(trace, group, call, args[0] if args else kwargs.get("input"), output, perturb)
-
-            how: dict[str, bool] = {"prepend": True, "with_kwargs": True, "always_call": runs_again}
-            handles.append(group.output.register_forward_hook(after, **how))
-
-        try:
-            for group in self.groups if groups is None else groups:
-                hook(group)
-            with stopping_at_no_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _visit(self, trace: Trace, group: Group, call: Call | None, x: Any, output: Any, perturb: Perturb) -> Any:
-        several = not isinstance(output, Tensor)
-        leaves, spec = tree_flatten(output) if several else ([output], None)
-        seen = 0
-        for i, leaf in enumerate(leaves):
-            value = primal_of(leaf)  # asking a DualTensor for its shape goes through __torch_function__
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
-                axis = batch_axis(group.output, value, seen)
-                y = leaf.movedim(axis, 0) if axis else leaf
-                y = self._perturbed(trace, group, call, f"{group.name}[{seen}]" if seen else group.name, x, y, perturb)
-                leaves[i] = y.movedim(0, axis) if axis else y
-                seen += 1
-        if not seen:
-            value = primal_of(output)
-            what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"layers: the output of {group.name} is {what}; expected a real floating point tensor (B, *)")
-        return tree_unflatten(leaves, spec) if spec is not None else leaves[0]
-
-    def _perturbed(
-        self, trace: Trace, group: Group, call: Call | None, name: str, given: Any, y: Tensor, perturb: Perturb
-    ) -> Tensor:
-        value = primal_of(y)
-        shape = value.shape
-        piece = self._piece(trace, name, shape[1:] if self.shared else shape)
-        x = primal_of(given) if group.rule is not None else None
-        version = 0
-        if x is not None:
-            # A fused operator leaves a value and its tangents in one block of memory, which the value alone would keep alive
-            # until the gradients are formed; of many tangents, a copy of the value is far less.
-            if x.is_inference() or (isinstance(given, DualTensor) and given.k * x.numel() >= _WORTH_A_COPY):
-                x = x.clone()
-            version = x._version
-        segment = Segment(group, piece, shape[0], x, version, [], call=call)
-        trace.segments.append(segment)
-        return perturb(segment, y)
-
-    def _piece(self, trace: Trace, name: str, shape: tuple[int, ...]) -> Piece:
-        """The next piece of the tangent vector. That of the pass before serves again where it is the same."""
-        at = len(trace.segments)
-        known = trace.pieces[at] if at < len(trace.pieces) else None
-        if known is None or known.offset != trace.offset or known.shape != shape or known.name != name:
-            known = Piece(name, tuple(shape), trace.offset)
-            trace.pieces[at:] = [known]
-        trace.offset += known.numel
-        return known
+    def _hooked(self, trace: Trace, perturb: Perturb, groups: list[Group] | None = None) -> AbstractContextManager[None]:
+        """Layers hooked for a pass. ``groups``: of these, for one after which no layer runs again."""
+        return hooked(self.groups if groups is None else groups, trace, perturb, self.shared, groups is None)

@@ -1,0 +1,128 @@
+"""Layers whose outputs are perturbed as a pass comes through them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .dual import DualTensor, primal_of
+from .layers import Group
+from .rerun import Call
+from .segments import Segment, Trace, batch_axis
+from .stopping import stopped, stopping_at_no_grad
+from .tangents import Piece
+
+Perturb = Callable[[Segment, Tensor], Tensor]
+
+#: elements of an input's tangents
+_WORTH_A_COPY = 1 << 20
+
+
+@contextmanager
+def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, again: bool) -> Iterator[None]:
+    """Passes each output of a layer through ``perturb``; fills ``trace`` in the order of the calls. What runs under ``no_grad``
+    is no layer.
+
+    Arguments:
+        shared: whether all samples have the same tangents.
+        again: whether layers without a closed form are to run again for their gradients.
+    """
+    trace.segments, trace.offset = [], 0
+    calls: list[Call] = []
+    handles = []
+
+    def hook(group: Group) -> None:
+        # The first hook of all: what the layer itself returns is perturbed, whatever others make of it
+        runs_again = again and group.runs_again
+        if runs_again:
+
+            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                calls.append(Call(group, args, kwargs))
+
+            handles.append(group.output.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            call = None
+            if runs_again:
+                call = calls.pop()
+                if output is None and sys.exc_info()[0] is not None:  # the layer has raised; the model may catch that and go on
+                    return None
+                call.ended()
+            if stopped() or any(c.group is group for c in calls):  # a constant, or a layer that calls itself
+                return None
+            given = args[0] if args else kwargs.get("input")
+            return _visit(trace, group, call, given, output, perturb, shared)
+
+        how: dict[str, bool] = {"prepend": True, "with_kwargs": True, "always_call": runs_again}
+        handles.append(group.output.register_forward_hook(after, **how))
+
+    try:
+        for group in groups:
+            hook(group)
+        with stopping_at_no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _visit(trace: Trace, group: Group, call: Call | None, x: Any, output: Any, perturb: Perturb, shared: bool) -> Any:
+    several = not isinstance(output, Tensor)
+    leaves, spec = tree_flatten(output) if several else ([output], None)
+    seen = 0
+    for i, leaf in enumerate(leaves):
+        value = primal_of(leaf)  # asking a DualTensor for its shape goes through __torch_function__
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+            axis = batch_axis(group.output, value, seen)
+            y = leaf.movedim(axis, 0) if axis else leaf
+            name = f"{group.name}[{seen}]" if seen else group.name
+            y = _perturbed(trace, group, call, name, x, y, perturb, shared)
+            leaves[i] = y.movedim(0, axis) if axis else y
+            seen += 1
+    if not seen:
+        value = primal_of(output)
+        what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"layers: the output of {group.name} is {what}; expected a real floating point tensor (B, *)")
+    return tree_unflatten(leaves, spec) if spec is not None else leaves[0]
+
+
+def _perturbed(
+    trace: Trace,
+    group: Group,
+    call: Call | None,
+    name: str,
+    given: Any,
+    y: Tensor,
+    perturb: Perturb,
+    shared: bool,
+) -> Tensor:
+    value = primal_of(y)
+    shape = value.shape
+    piece = _piece(trace, name, shape[1:] if shared else shape)
+    x = primal_of(given) if group.rule is not None else None
+    version = 0
+    if x is not None:
+        # A fused operator leaves a value and its tangents in one block of memory, which the value alone would keep alive
+        # until the gradients are formed; of many tangents, a copy of the value is far less.
+        if x.is_inference() or (isinstance(given, DualTensor) and given.k * x.numel() >= _WORTH_A_COPY):
+            x = x.clone()
+        version = x._version
+    segment = Segment(group, piece, shape[0], x, version, [], call=call)
+    trace.segments.append(segment)
+    return perturb(segment, y)
+
+
+def _piece(trace: Trace, name: str, shape: tuple[int, ...]) -> Piece:
+    """The next piece of the tangent vector. That of the pass before serves again where it is the same."""
+    at = len(trace.segments)
+    known = trace.pieces[at] if at < len(trace.pieces) else None
+    if known is None or known.offset != trace.offset or known.shape != shape or known.name != name:
+        known = Piece(name, tuple(shape), trace.offset)
+        trace.pieces[at:] = [known]
+    trace.offset += known.numel
+    return known

@@ -1,16 +1,16 @@
 """``torch.autograd.Function`` with DualTensors: the class's own ``jvp``, as in PyTorch's forward mode.
 
 PyTorch calls ``forward`` with DualTensors as if they were any tensors, so that the derivative would be that of the code in
-``forward``, not the one that the class defines: wrong for a straight-through estimator or a gradient reversal. ``apply`` can
-only be caught in the method itself, which gets other code for the time of a pass, or for good where a DualTensor is made by
-hand. A method put in its place would not be seen by those who keep ``Function.apply`` under another name, as is usual.
+``forward``, not the one that the class defines: wrong for a straight-through estimator or a gradient reversal. ``apply`` is
+often kept under another name, and not written in Python since torch 2.14, so it cannot be caught. But it looks ``forward`` up
+in its class at every call, and what it finds there is another function for the time of a pass, or for good where a DualTensor is
+made by hand.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 import threading
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, FunctionMeta
 from torch.utils._pytree import tree_leaves
 
 from . import stopping
@@ -27,25 +27,33 @@ from .rules.helpers import common_k, low_dtype, parts, share_memory, wrap
 
 _lock = threading.Lock()
 _passes = 0
-_original: Any = Function.__dict__["apply"]
-#: the method, where it is written in Python: since torch 2.14 it is not, and what was kept of it before is not caught
-_apply: Any = getattr(_original, "__func__", None)
 
 
-def _instead(cls, *args, **kwargs):  # type: ignore[no-untyped-def]
-    from frog_cuda import custom_functions  # this code runs with the global names of another module
+def _getattribute(cls: Any, name: str) -> Any:
+    value = type.__getattribute__(cls, name)
+    # PyTorch's own, such as a checkpoint, are made of operations that have rules
+    if name != "forward" or cls.__module__.partition(".")[0] == "torch":
+        return value
 
-    return custom_functions.applied(cls, args, kwargs)
+    @functools.wraps(value)
+    def forward(*given: Any, **named: Any) -> Any:
+        return _forward(cls, value, given, named)
+
+    return forward
 
 
-if _apply is not None:
-    _CODES = _apply.__code__, _instead.__code__.replace(co_freevars=_apply.__code__.co_freevars)
-    _same = types.FunctionType(_apply.__code__, _apply.__globals__, "apply", _apply.__defaults__, _apply.__closure__)
+def _forward(cls: Any, original: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    first = 0 if _separate(cls) else 1  # of the arguments, after ctx
+    args = given[first:]
+    if not any(type(a) is DualTensor for a in tree_leaves((args, named))):
+        return original(*given, **named)
+    if stopping.stopped():
+        return original(*given[:first], *map(primal_of, args), **{name: primal_of(a) for name, a in named.items()})
+    return _forward_mode(cls, original, args, named)
 
 
-def _plainly(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """What ``apply`` does otherwise."""
-    return _original.__get__(None, cls)(*args, **kwargs) if _apply is None else _same(cls, *args, **kwargs)
+def _separate(cls: Any) -> bool:
+    return cls.setup_context is not Function.setup_context
 
 
 @contextmanager
@@ -68,19 +76,10 @@ def _count(change: int) -> None:
     global _passes
     with _lock:
         _passes += change
-        if _apply is not None:
-            _apply.__code__ = _CODES[_passes > 0]
-        else:
-            Function.apply = classmethod(_instead) if _passes > 0 else _original  # type: ignore[method-assign, assignment]
-
-
-def applied(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if stopping.stopped():
-        return _plainly(cls, *map(primal_of, args), **kwargs)
-    # PyTorch's own, such as a checkpoint, are made of operations that have rules
-    if cls.__module__.partition(".")[0] != "torch" and any(type(a) is DualTensor for a in tree_leaves((args, kwargs))):
-        return _forward_mode(cls, args, kwargs)
-    return _plainly(cls, *args, **kwargs)
+        if _passes == change == 1:
+            FunctionMeta.__getattribute__ = _getattribute  # type: ignore[method-assign, assignment]
+        elif _passes == 0:
+            del FunctionMeta.__getattribute__
 
 
 class _Context(FunctionCtx):
@@ -105,14 +104,9 @@ class _Context(FunctionCtx):
         return self._name
 
 
-def _forward_mode(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _forward_mode(cls: Any, forward: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     name = cls.__name__
-    separate = cls.setup_context is not Function.setup_context
-    if separate:
-        bound = inspect.signature(cls.forward).bind(*args, **kwargs)
-        bound.apply_defaults()
-        args, kwargs = bound.args, bound.kwargs
-    if any(type(a) is DualTensor for a in tree_leaves(([a for a in args if type(a) is not DualTensor], kwargs))):
+    if any(type(a) is DualTensor for a in tree_leaves(([a for a in args if type(a) is not DualTensor], named))):
         raise NotImplementedError(
             f"{name}.apply{called_from()}: a DualTensor inside a list or dict, or as a keyword argument; PyTorch "
             "differentiates custom functions in their positional arguments only"
@@ -128,11 +122,11 @@ def _forward_mode(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     values = tuple(map(primal_of, args))
     ctx = _Context(name, tuple(isinstance(v, Tensor) and v.requires_grad for v in values))
     with torch.no_grad():
-        if separate:
-            out = cls.forward(*values, **kwargs)
+        if _separate(cls):
+            out = forward(*values, **named)
             cls.setup_context(ctx, values, out)
         else:
-            out = cls.forward(ctx, *values, **kwargs)
+            out = forward(ctx, *values, **named)
     outs = out if isinstance(out, tuple) else (out,)
     if any(type(o) is DualTensor for o in tree_leaves(outs)):
         raise NotImplementedError(

@@ -217,7 +217,7 @@ def test_what_cannot_be_told_is_refused():
     plain = draw(3)
     for call, error, message in (
         (lambda: Many.apply([x]), NotImplementedError, r"Many\.apply: a DualTensor inside a list"),
-        (lambda: Many.apply([plain], y=x), NotImplementedError, "keyword argument"),
+        (lambda: Many.apply([plain], y=x), TypeError, "keyword argument"),
         (lambda: Closed.apply(x * 2), NotImplementedError, "not among its arguments"),
         (lambda: Saved.apply(x), RuntimeError, "save_for_forward"),
         (lambda: Wrong.apply(x), RuntimeError, r"Wrong: jvp returned a tangent of shape \(\)"),
@@ -268,12 +268,11 @@ def test_only_passes_are_intercepted():
     """Where no DualTensor is made by hand, also after errors and with passes in several threads."""
     while custom_functions._passes:  # by an earlier test, for good
         custom_functions._count(-1)
-    plain, other = custom_functions._CODES
-    code = lambda: Function.apply.__func__.__code__  # noqa: E731
+    caught = lambda: "__getattribute__" in vars(type(Function))  # noqa: E731
     seen = []
 
     def fn(x):
-        seen.append(code() is other)
+        seen.append(caught())
         return Straight.apply(x)
 
     def work():
@@ -285,9 +284,9 @@ def test_only_passes_are_intercepted():
         thread.start()
     for thread in threads:
         thread.join()
-    assert seen == [True] * 80 and code() is plain
+    assert seen == [True] * 80 and not caught()
     with pytest.raises(NotImplementedError):
         frog.jvp(Plain.apply, (draw(3),), (draw(2, 3),))
-    assert code() is plain
+    assert not caught()
     x = dual(draw(3))
-    assert code() is other and torch.equal(Straight.apply(x).tangents, x.tangents)
+    assert caught() and torch.equal(Straight.apply(x).tangents, x.tangents)

@@ -3,8 +3,8 @@
 PyTorch calls ``forward`` with DualTensors as if they were any tensors, so that the derivative would be that of the code in
 ``forward``, not the one that the class defines: wrong for a straight-through estimator or a gradient reversal. ``apply`` is
 often kept under another name, and not written in Python since torch 2.14, so it cannot be caught. But it looks ``forward`` up
-in its class at every call, and what it finds there is another function for the time of a pass, or for good where a DualTensor is
-made by hand.
+in its class at every call, and what it finds there is another function for the time of a pass, or for good where a DualTensor
+is made by hand.
 """
 
 from __future__ import annotations

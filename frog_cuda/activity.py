@@ -387,9 +387,8 @@ class ActivityPerturbation:
         outputs: list[Tensor] = []
         layer, depth = call.group.output, 0
 
-        def cut(segment: Segment, y: Tensor) -> Tensor:
-            if depth == 1:
-                outputs.append(y)
+        def keep(segment: Segment, y: Tensor) -> Tensor:
+            outputs.append(y)
             return y
 
         def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -403,9 +402,9 @@ class ActivityPerturbation:
                 raise Finished
 
         # The hooks of the second line come before the one of the first
-        handles = layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, prepend=True)
+        handles = layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, prepend=True, always_call=True)
         try:
-            with self._hooked(Trace(), cut, [call.group]):
+            with self._hooked(Trace(), keep, [call.group]):
                 call.again(call.group.name)
         finally:
             for handle in handles:

@@ -33,32 +33,32 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
         again: whether layers without a closed form are to run again for their gradients.
     """
     trace.segments, trace.offset = [], 0
-    calls: list[Call] = []
+    calls: list[tuple[Group, Call | None]] = []  # that are under way, of layers without a closed form
     handles = []
 
     def hook(group: Group) -> None:
         # The first hook of all: what the layer itself returns is perturbed, whatever others make of it
-        runs_again = again and group.runs_again
-        if runs_again:
+        if group.runs_again:
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                calls.append(Call(group, args, kwargs))
+                calls.append((group, Call(group, args, kwargs) if again else None))
 
             handles.append(group.output.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             call = None
-            if runs_again:
-                call = calls.pop()
-                if output is None and sys.exc_info()[0] is not None:  # the layer has raised; the model may catch that and go on
+            if group.runs_again:
+                _, call = calls.pop()
+                if output is None and sys.exc_info()[0] is not None:  # the layer has raised; the model may catch that
                     return None
-                call.ended()
-            if stopped() or any(c.group is group for c in calls):  # a constant, or a layer that calls itself
+                if call is not None:
+                    call.ended()
+            if stopped() or any(other is group for other, _ in calls):  # a constant, or a layer that calls itself
                 return None
             given = args[0] if args else kwargs.get("input")
             return _visit(trace, group, call, given, output, perturb, shared)
 
-        how: dict[str, bool] = {"prepend": True, "with_kwargs": True, "always_call": runs_again}
+        how: dict[str, bool] = {"prepend": True, "with_kwargs": True, "always_call": group.runs_again}
         handles.append(group.output.register_forward_hook(after, **how))
 
     try:

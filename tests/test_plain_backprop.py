@@ -525,7 +525,9 @@ class Moving(nn.Module):
 
 @pytest.mark.parametrize("chunk_size", [None, 60])
 @pytest.mark.parametrize("perturb", ["weight", "activity"])
-@pytest.mark.parametrize("model", [lambda: nn.Sequential(Tree(), nn.Linear(M, C)), Catching, Moving])
+@pytest.mark.parametrize(
+    "model", [lambda: nn.Sequential(Tree(), nn.Linear(M, C)), Catching, Moving], ids=["tree", "catch", "move"]
+)
 def test_models_that_call_catch_and_assign(model, perturb, chunk_size):
     torch.manual_seed(4)
     model, x, y = model(), torch.randn(B, M), torch.randint(0, C, (B,))
@@ -541,6 +543,12 @@ def test_models_that_call_catch_and_assign(model, perturb, chunk_size):
             other.detach_()
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-9)
+
+
+def test_a_layer_that_calls_itself_beside_several_as_one():
+    model = nn.Sequential(Tree(), nn.Linear(M, M), nn.Linear(M, C))
+    x, y = torch.randn(B, M), torch.randint(0, C, (B,))
+    assert_is_the_gradient(model, x, y, layers=["0", ["1", "2"]])
 
 
 def test_in_the_forward_mode_of_another():

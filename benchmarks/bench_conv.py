@@ -1,7 +1,7 @@
 """Convolutions with k = 4 tangents of the input or of the weight, beside what PyTorch offers, on the shapes of a ResNet.
 
-Weight tangents also beside a matrix product of all k with the unfolded input, which the k tangents share. Convolutions with as
-few filters as tangents of low rank have.
+Weight tangents also beside a matrix product of all k with the unfolded input, which the k tangents share, and their operator by
+itself beside one library call for each tangent. Convolutions with as few filters as tangents of low rank have.
 """
 
 from __future__ import annotations
@@ -105,6 +105,42 @@ def test_sampled_weight_tangents(shape: Shape, against_name: str, compare: Compa
     _check(ours(), shape.convolve(x.double(), w.double()), exact)
     if against_name == UNFOLDED:
         _check(against(), shape.convolve(x.double(), w.double()), exact)
+
+
+#: batch and shape, as they come in a ResNet18 with images of 32x32, and one of more pixels
+STAGES = [
+    (8, Shape("3x3, 64 channels, 32x32", 64, 64, 32)),
+    (32, Shape("7x7, stride 2, 3 to 64, 32x32", 3, 64, 32, kernel=7, stride=2)),
+    (32, Shape("3x3, 64 channels, 8x8", 64, 64, 8)),
+    (32, Shape("3x3, stride 2, 64 to 128, 8x8", 64, 128, 8, stride=2)),
+    (32, Shape("3x3, 128 channels, 4x4", 128, 128, 4)),
+    (32, Shape("1x1, stride 2, 128 to 256, 4x4", 128, 256, 4, kernel=1, stride=2)),
+    (32, Shape("3x3, 256 channels, 2x2", 256, 256, 2)),
+    (32, Shape("3x3, 512 channels, 1x1", 512, 512, 1)),
+]
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+@pytest.mark.parametrize("batch, shape", STAGES, ids=lambda s: s.name if isinstance(s, Shape) else str(s))
+def test_sampled_operator(batch: int, shape: Shape, k: int, compare: Compare) -> None:
+    x, w = shape.make()
+    x = x.repeat(-(-batch // BATCH), 1, 1, 1)[:batch].contiguous()
+    moved = torch.zeros(k, *shape.convolve(x, w).shape)
+    options = dict(kernel=[shape.kernel] * 2, stride=[shape.stride] * 2, padding=[shape.kernel // 2] * 2, dilation=[1, 1])
+
+    def ours() -> Tensor:
+        return frog.ops.sampled_convolution_(moved, x, STATE, **options, distribution="rademacher", add=False)
+
+    def against() -> Tensor:
+        for i in range(k):
+            v = frog.ops.sample_tangents(STATE, 1, w.numel(), first=i, distribution="rademacher")
+            moved[i] = shape.convolve(x, v.view(w.shape))
+        return moved
+
+    case = f"{shape.name}, k = {k}"
+    compare(ours, against, table="op", op="conv2d, sampled operator", against_name="a library call each", case=case)
+    exact = against().double()
+    assert (ours() - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("filters", [1, 4, 16])

@@ -26,6 +26,7 @@ from .guides import Memory
 from .layers import activity_groups, select
 from .sgd import Sgd
 from .share import ALONE, Share
+from .stopping import stopping_at_no_grad
 from .surroundings import Structure, surroundings
 from .tangents import Piece, TangentSet
 from .weight import Inputs, Step, WeightPerturbation, inputs_of
@@ -247,10 +248,6 @@ class ForwardGradient:
     @torch.no_grad()
     def _add_to_grad(self, gradients: dict[str, Tensor]) -> None:
         parameters = self._method.parameters
-        # Before any is assigned: a gradient of another dtype would be refused halfway
-        for name, g in gradients.items():
-            if g.dtype is not parameters[name].dtype:
-                gradients[name] = g.to(parameters[name].dtype)
         for name, g in gradients.items():
             p = parameters[name]
             p.grad = g if p.grad is None else p.grad.add_(g)
@@ -373,7 +370,7 @@ def forward_gradient(
     if simulate:
         value, derivatives = _backprop(fn, x, base)
     else:
-        with torch.no_grad(), intercepted():
+        with torch.no_grad(), stopping_at_no_grad(), intercepted():
             value, derivatives = read_loss(fn(DualTensor(x, base)), "fn")
     if value.dim() != 0:
         raise ValueError(f"fn returned shape {tuple(value.shape)}; expected a scalar ()")

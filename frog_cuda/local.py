@@ -59,43 +59,25 @@ def local_gradient(
     Returns:
         pairs (parameter, gradient).
     """
-    weight, wide = layer.weight, x.dtype
-    if weight is not None and weight.dtype is not wide:  # mixed precision: in the wider one, and rounded at last
-        wide = torch.promote_types(wide, weight.dtype)
-        found = local_gradient_in(wide, layer, rule, x, g, weights, totals)
-        return ((p, gradient.to(p.dtype)) for p, gradient in found)
-    return local_gradient_in(wide, layer, rule, x, g, weights, totals)
-
-
-def local_gradient_in(
-    dtype: torch.dtype,
-    layer: Any,
-    rule: LocalRule,
-    x: Tensor,
-    g: Tensor,
-    weights: Tensor | None,
-    totals: Tensor | None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same, computed in ``dtype``."""
-    if x.dtype is not dtype:
-        x = x.to(dtype)
-    if g.dtype is not dtype:
-        g = g.to(dtype)
-    if weights is not None and weights.dtype is not dtype:
-        weights, totals = weights.to(dtype), None
     weight, bias = layer.weight, getattr(layer, "bias", None)
+    # In layers of mixed precision, in the wider one
+    dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+    x, g = x.to(dtype), g.to(dtype)
+    if weights is not None and weights.dtype != dtype:
+        weights, totals = weights.to(dtype), None
     if weight is not None and weight.requires_grad:
         f = rule.features(layer, x)
         if weights is not None:
             f = torch.mm(weights, f) if f.dim() == 2 else (weights @ f.flatten(1)).view(weights.shape[0], *f.shape[1:])
-        yield weight, rule.weight(layer, f, g)
+        yield weight, rule.weight(layer, f, g).to(weight.dtype)
     if bias is not None and bias.requires_grad:
         rows = rule.bias(layer, g)
         if weights is None:
-            yield bias, rows.sum(0)
+            total = rows.sum(0)
         else:
             totals = weights.sum(1) if totals is None else totals
-            yield bias, torch.mv(rows.T, totals) if rows.dim() == 2 else (totals @ rows.flatten(1)).view(rows.shape[1:])
+            total = torch.mv(rows.T, totals) if rows.dim() == 2 else (totals @ rows.flatten(1)).view(rows.shape[1:])
+        yield bias, total.to(bias.dtype)
 
 
 def _same(layer: nn.Module, x: Tensor) -> Tensor:

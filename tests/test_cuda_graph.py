@@ -30,6 +30,22 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(cuda_graph, "check", lambda *arguments: None)
 
 
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+@pytest.mark.parametrize("before", [0, 1])
+def test_goes_on_after_a_call_that_failed(stand_in, perturb, before):
+    fg = frog.ForwardGradient(net(), nn.CrossEntropyLoss(), k=3, perturb=perturb, per_sample=False, cuda_graph=True)
+    x, target = batch(0)
+    for _ in range(before):
+        fg(x, target)
+    for rows in (5, 7):
+        bad, classes = batch(1, rows)
+        with pytest.raises(FloatingPointError):
+            fg(bad * float("nan"), classes)
+        losses = [fg(x, target) for _ in range(3)]
+        assert all(loss.isfinite() for loss in losses)
+    assert fg._graphs is not None and any(step is not None for step in fg._graphs._steps.values())
+
+
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4)).double()

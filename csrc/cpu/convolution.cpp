@@ -310,16 +310,14 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
     using E = decltype(zero);
     using T = typename ComputeOf<E>::type;
     Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
-    const ScalarType compute = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-    const Tensor x = torch::stable::contiguous(has_tile<T>() ? to_dtype(x_, compute) : x_);
-    if (!has_tile<T>()) {
-      const ConvolutionOptions o{stride, padding, dilation, false, std::vector<int64_t>(kernel.size(), 0), 1};
-      sampled_by_library<E>(target, x, state, kernel, o, offset, first, distribution, add);
-    }
-    for (int64_t first_image = 0; has_tile<T>() && first_image < s.images; first_image += sampled::kImages) {
-      sampled::convolve(s, spec, self.size(0), offset, static_cast<const T*>(x.const_data_ptr()), first_image,
-                        std::min(sampled::kImages, s.images - first_image), add,
+    if (has_tile<T>()) {
+      const ScalarType compute = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
+      const Tensor x = torch::stable::contiguous(to_dtype(x_, compute));
+      sampled::convolve(s, spec, self.size(0), offset, static_cast<const T*>(x.const_data_ptr()), add,
                         static_cast<E*>(target.mutable_data_ptr()));
+    } else {
+      const ConvolutionOptions o{stride, padding, dilation, false, std::vector<int64_t>(kernel.size(), 0), 1};
+      sampled_by_library<E>(target, torch::stable::contiguous(x_), state, kernel, o, offset, first, distribution, add);
     }
     if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
   });

@@ -150,10 +150,10 @@ void write(const T* sums, int64_t lanes, int64_t count, int64_t places, T* turne
   }
 }
 
-// Of `count` images from `first_image` on.
+// self (+)= of `count` images from `first_image` on
 template <class T, class E>
-void convolve(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_t offset, const T* x,
-              int64_t first_image, int64_t count, bool add, E* self) {
+void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_t offset, const T* x,
+                   int64_t first_image, int64_t count, bool add, E* self) {
   constexpr int64_t kBytes = sizeof(T);
   const Columns c(count, panel_width<T>(), vector_width<T>());
   const int64_t rows = s.rows(), taps = s.taps(), outputs = s.outputs(), columns = c.size();
@@ -230,6 +230,15 @@ void convolve(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_
         }
       }
     });
+  }
+}
+
+// self [k, images, filters, *] (+)= conv(x, dW_i), some images after the other
+template <class T, class E>
+void convolve(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_t offset, const T* x, bool add,
+              E* self) {
+  for (int64_t first = 0; first < s.images; first += kImages) {
+    convolve_some(s, spec, k, offset, x, first, std::min(kImages, s.images - first), add, self);
   }
 }
 

@@ -86,8 +86,7 @@ struct SimdKernels {
                    int64_t count, float* acc, int64_t acc_ld, bool fresh);
   void (*tile_f64)(const double* xt, int64_t xt_ld, int64_t width, const double* v, int64_t v_ld, int64_t rows,
                    int64_t count, double* acc, int64_t acc_ld, bool fresh);
-  // the same of a packed panel whose row c meets column list[c] of v: acc += sum_c v[r * v_ld + list[c]] * xt[c * width
-  // + b]
+  // the same of a packed panel, xt_ld = width, whose row c meets column list[c] of v
   void (*tile_listed_f32)(const float* xt, int64_t width, const float* v, int64_t v_ld, const int32_t* list,
                           int64_t rows, int64_t count, float* acc, int64_t acc_ld, bool fresh);
   void (*tile_listed_f64)(const double* xt, int64_t width, const double* v, int64_t v_ld, const int32_t* list,

@@ -2,9 +2,8 @@
 // host, where tests/cuda_on_cpu supplies threads, barriers, shuffles, atomics and shared memory.
 //
 // What kernel files keep to, so that both are the same program:
-//   - shared memory is dynamic, obtained through FROG_SHARED, its size computed beside the launch: at most 99 KiB,
-//   which
-//     every device since sm_80 has, or what shared_memory_of_device() tells;
+//   - shared memory is dynamic, obtained through FROG_SHARED, its size computed beside the launch: at most
+//     99 KiB, which every device since sm_80 has, or what shared_memory_of_device() tells;
 //   - kernels are launched through frog::launch from plain functions that take pointers and a stream;
 //   - no thread leaves before the last barrier of its block, and lanes of a warp meet in collectives or __syncwarp();
 //   - inline PTX only in this file and mma.cuh, each behind one function with a host twin;

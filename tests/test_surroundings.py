@@ -1,0 +1,119 @@
+"""Modes of the caller, models that were compiled or are others now, and what copies and failures leave."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from backprop import B, C, K, M, by_backprop, float64, losses  # noqa: F401
+from torch import nn
+
+import frog_cuda as frog
+
+
+def test_simulating_and_failing_leave_the_latest_estimate():
+    model = nn.Sequential(nn.Linear(M, 4), nn.Tanh(), nn.Linear(4, C))
+    x, y = torch.randn(B, M), torch.randint(0, C, (B,))
+    for perturb in ("weight", "activity"):
+        fg = frog.ForwardGradient(model, losses, k=4, perturb=perturb)
+        fg.derivatives(x, y)
+        before = fg.gradients()
+        frog.simulate(fg, torch.randn(2, M), y[:2])
+        for name, g in fg.gradients().items():
+            assert torch.equal(g, before[name])
+        with pytest.raises(FloatingPointError):
+            fg.derivatives(x * float("nan"), y)
+        if perturb == "weight":
+            assert torch.equal(fg.gradients()["0.weight"], before["0.weight"])
+        else:
+            with pytest.raises(RuntimeError, match="the call after the latest estimate failed"):
+                fg.gradients()
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+@pytest.mark.parametrize("how", ["copied", "pickled"])
+def test_copies_go_on_by_themselves(perturb, how):
+    model = nn.Sequential(nn.Linear(M, 4), nn.Tanh(), nn.Linear(4, C))
+    x, y = torch.randn(B, M), torch.randint(0, C, (B,))
+    fg = frog.ForwardGradient(model, losses, k=4, perturb=perturb)
+    fg(x, y)
+    twin = copy.deepcopy(fg) if how == "copied" else pickle.loads(pickle.dumps(fg))
+    assert twin.last is None and twin.step == 1 and twin.model is not model
+    twin.model.zero_grad(), model.zero_grad()
+    twin(x, y), fg(x, y)
+    for p, q in zip(model.parameters(), twin.model.parameters()):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_a_model_that_is_another_one_now():
+    x, y = torch.randn(B, M), torch.randint(0, C, (B,))
+
+    def replaced(model):
+        model.load_state_dict({n: torch.zeros_like(v) for n, v in model.state_dict().items()}, assign=True)
+
+    def frozen(model):
+        model[0].requires_grad_(False)
+
+    def exchanged(model):
+        model[2] = nn.Linear(4, C)
+
+    for change, message in (
+        (replaced, "0.weight was replaced"),
+        (frozen, "requires_grad of 0.weight"),
+        (exchanged, "the modules of"),
+    ):
+        for perturb in ("weight", "activity"):
+            model = nn.Sequential(nn.Linear(M, 4), nn.Tanh(), nn.Linear(4, C))
+            fg = frog.ForwardGradient(model, losses, k=4, perturb=perturb)
+            fg(x, y)
+            change(model)
+            with pytest.raises(RuntimeError, match=message):
+                fg(x, y)
+            with pytest.raises(RuntimeError, match=message):
+                frog.simulate(fg, x, y)
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+def test_modes_of_the_caller(perturb):
+    x, y = torch.randn(B, M), torch.randint(0, C, (B,))
+
+    def gradients(mode):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(M, 4), nn.BatchNorm1d(4), nn.Linear(4, C))
+        fg = frog.ForwardGradient(model, losses, k=4, perturb=perturb)
+        with mode:
+            fg(x, y)
+            fg(x.clone(), y)  # in inference mode another kind of tensor
+        return [p.grad for p in model.parameters()]
+
+    expected = gradients(torch.enable_grad())
+    for actual in (gradients(torch.inference_mode()), gradients(torch.no_grad())):
+        assert not any(g.is_inference() for g in actual)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+    with pytest.warns(UserWarning, match="autocast does not apply"):
+        actual = gradients(torch.autocast("cpu", dtype=torch.bfloat16))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+@pytest.mark.parametrize("compiled", ["whole", "inner", "in place"])
+def test_models_that_were_compiled(perturb, compiled):
+    x, y = torch.randn(B, M), torch.randint(0, C, (B,))
+    inner = nn.Linear(M, 4)
+    model = nn.Sequential(inner, nn.Tanh(), nn.Linear(4, C))
+    expected = [g.clone() for g in by_backprop(model, x, y).values()]
+    if compiled == "whole":
+        model = torch.compile(model, backend="eager")
+    elif compiled == "inner":
+        model[0] = torch.compile(inner, backend="eager")
+    else:
+        model.compile(backend="eager")
+    with torch.no_grad():
+        model(x)
+    fg = frog.ForwardGradient(model, losses, k=K, perturb=perturb)
+    fg(x, y)
+    for p, g in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-9)
+    frog.simulate(fg, x, y)

@@ -126,9 +126,9 @@ def activity_groups(model: nn.Module, layers: Any) -> list[Group]:
     for group in unique:
         within = set(group.output.modules()) - {group.output}
         nested = [other for other in unique if other.output in within]
-        # What an inner layer is given depends on parameters of the outer one
+        # What an inner layer is given depends on parameters of the outer one, which only the whole pass shows
         for one in (group, *nested) if nested else ():
-            one.runs_again = False
+            one.rule, one.runs_again = None, False
     if not unique:
         raise ValueError("model: nothing to perturb: no selected layer has parameters that require grad")
     if layers is None:

@@ -73,3 +73,18 @@ def test_a_subclass_has_no_rule():
         pass
 
     assert local.local_rule(Scaled(2, 2)) is None
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("x_dtype, w_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_mixed_precision_is_computed_in_the_wider_one(x_dtype, w_dtype, shared):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, 5, generator=generator).to(x_dtype)
+    g = torch.randn(K if shared else B, 4, generator=generator).to(x_dtype)
+    weights = torch.randn(K, B, generator=generator).to(x_dtype) if shared else None
+    layer, wide = nn.Linear(5, 4).to(w_dtype), nn.Linear(5, 4)
+    rule = local.local_rule(layer)
+    found = dict(local.local_gradient(layer, rule, x, g, weights))
+    exact = dict(local.local_gradient(wide, rule, x.float(), g.float(), None if weights is None else weights.float()))
+    for p, q in ((layer.weight, wide.weight), (layer.bias, wide.bias)):
+        assert found[p].dtype == w_dtype and torch.equal(found[p], exact[q].to(w_dtype))

@@ -39,6 +39,25 @@ def test_recurrent_layers(kind, reads, batch_first):
     assert_is_the_gradient(Recurrent(kind, reads, batch_first), x, y)
 
 
+class Attending(nn.Module):
+    def __init__(self, reads, batch_first):
+        super().__init__()
+        self.a, self.f = nn.MultiheadAttention(M, 1, batch_first=batch_first), nn.Linear(M, C)
+        self.reads, self.batch_first = reads, batch_first
+
+    def forward(self, x):
+        given = x if self.batch_first else x.transpose(0, 1)
+        out, weights = self.a(given, given, given)
+        out = out if self.batch_first else out.transpose(0, 1)
+        return self.f(out.sum(1) if self.reads == "output" else (weights @ x).tanh().sum(1))
+
+
+@pytest.mark.parametrize("reads", ["output", "weights"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention(reads, batch_first):
+    assert_is_the_gradient(Attending(reads, batch_first), torch.randn(B, 4, M), torch.randint(0, C, (B,)))
+
+
 def hooked():
     layer = nn.Linear(M, 4)
     layer.register_forward_hook(lambda module, args, output: output * 3)
@@ -184,6 +203,6 @@ def test_a_seed_log_leaves_padding_alone(tmp_path):
 
 def test_in_the_forward_mode_of_another():
     """PyTorch counts its levels for all threads."""
-    model, x, y = nn.Sequential(nn.Linear(M, 4), nn.GELU(), nn.Linear(4, C)), torch.randn(B, M), torch.randint(0, C, (B,))
+    model, x, y = Recurrent(nn.GRU, "output"), torch.randn(B, 3, M), torch.randint(0, C, (B,))
     with torch.autograd.forward_ad.dual_level():
         assert_is_the_gradient(model, x, y, perturb="weight")

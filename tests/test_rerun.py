@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from backprop import B, C, K, M, assert_is_the_gradient, float64, losses  # noqa: F401
+from backprop import B, C, K, M, assert_is_the_gradient, by_backprop, float64, losses  # noqa: F401
 from torch import nn
 
 import frog_cuda as frog
@@ -66,6 +66,81 @@ def test_passes_that_change_something(happens, perturb, chunk_size):
     assert torch.equal(given, written)
 
 
+class Tree(nn.Module):
+    """A layer without a closed form that calls itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(M))
+
+    def forward(self, x, n=2):
+        y = torch.tanh(x * self.w)
+        return y if n == 0 else self(y, n - 1) + x
+
+
+class Scaled(nn.Module):
+    """A parameter before an inner layer, and numbers that are drawn."""
+
+    def __init__(self, inner, dropped=0.0):
+        super().__init__()
+        self.scale, self.inner, self.dropped = nn.Parameter(torch.randn(M)), inner, dropped
+
+    def forward(self, x):
+        return self.inner(nn.functional.dropout(x * self.scale, self.dropped)).tanh()
+
+
+@pytest.mark.parametrize("inner", [lambda: nn.Linear(M, M), lambda: Tree()], ids=["linear", "tree"])
+def test_a_layer_within_a_layer(inner):
+    model = nn.Sequential(Scaled(inner()), nn.Linear(M, C))
+    assert_is_the_gradient(model, torch.randn(B, M), torch.randint(0, C, (B,)), layers=["0", "0.inner", "1"])
+
+
+@pytest.mark.parametrize("layers", [["0", "1"], [["0", "1"]]], ids=["layer", "pass"])
+@pytest.mark.parametrize("chunk_size", [None, 40])
+def test_numbers_that_a_layer_draws_are_drawn_again(layers, chunk_size):
+    model = nn.Sequential(Scaled(nn.Identity(), 0.5), nn.Linear(M, C))
+    x, y = torch.randn(B, M), torch.randint(0, C, (B,))
+    torch.manual_seed(7)
+    expected = by_backprop(model, x, y)
+    torch.manual_seed(7)
+    frog.ForwardGradient(model, losses, k=K, layers=layers, chunk_size=chunk_size)(x, y)
+    after = torch.rand(1)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-7, atol=1e-9)
+    torch.manual_seed(7)
+    model(x)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_parameters_that_have_moved():
+    model, x, y = nn.Sequential(Tree(), nn.Linear(M, C)), torch.randn(B, M), torch.randint(0, C, (B,))
+    fg = frog.ForwardGradient(model, losses, k=2)
+    fg(x, y)
+    with torch.no_grad():
+        model[0].w.add_(1)
+    with pytest.raises(RuntimeError, match="parameters of 0 were changed after the forward pass"):
+        fg.gradients()
+
+
+class Twofold(Tree):
+    """Whether it is given the same tensor twice makes a difference."""
+
+    def forward(self, x, y):
+        return torch.tanh(x * self.w) if x is y else y * self.w
+
+
+def test_the_same_tensor_twice_is_the_same_again():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.f = Twofold(), nn.Linear(M, C)
+
+        def forward(self, x):
+            return self.f(self.a(x, x))
+
+    assert_is_the_gradient(Model(), torch.randn(B, M), torch.randint(0, C, (B,)))
+
+
 @pytest.mark.parametrize("layers", [None, ["0", "1"], [["0", "1.0"], ["1.2"]]])
 def test_running_statistics_move_once_a_step(layers):
     model = nn.Sequential(nn.Linear(M, M), nn.Sequential(nn.Linear(M, M), nn.BatchNorm1d(M), nn.Linear(M, C)))
@@ -88,18 +163,6 @@ def test_running_statistics_move_once_a_step(layers):
 def test_several_modules_as_one_layer_run_again_on_what_there_was():
     model = Bilinear("input written")
     assert_is_the_gradient(model, torch.randn(B, M), torch.randint(0, C, (B,)), layers=[["a", "b"], ["f"]])
-
-
-class Tree(nn.Module):
-    """A layer without a closed form that calls itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(M))
-
-    def forward(self, x, n=2):
-        y = torch.tanh(x * self.w)
-        return y if n == 0 else self(y, n - 1) + x
 
 
 class Catching(nn.Module):

@@ -62,7 +62,7 @@ class Constant(nn.Module):
         elif self.how == "written":
             scale = 1
             with torch.no_grad():
-                h.mul_(2)  # its derivative stays as it was
+                h = h.mul_(2)  # its derivative stays as it was
                 self.mean.mul_(0.9).add_(0.1 * h.mean(0))
         else:
             scale = torch.utils.checkpoint.checkpoint(self.scale.__wrapped__, self, h, use_reentrant=self.how == "reentrant")

@@ -77,11 +77,11 @@ def test_a_model_that_is_another_one_now():
 
 @pytest.mark.parametrize("perturb", ["weight", "activity"])
 def test_modes_of_the_caller(perturb):
-    x, y = torch.randn(B, M), torch.randint(0, C, (B,))
+    x, y = torch.randn(B, M, dtype=torch.float32), torch.randint(0, C, (B,))  # autocast leaves float64 alone
 
     def gradients(mode):
         torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(M, 4), nn.BatchNorm1d(4), nn.Linear(4, C))
+        model = nn.Sequential(nn.Linear(M, 4), nn.BatchNorm1d(4), nn.Linear(4, C)).float()
         fg = frog.ForwardGradient(model, losses, k=4, perturb=perturb)
         with mode:
             fg(x, y)

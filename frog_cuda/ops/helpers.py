@@ -13,7 +13,9 @@ _ops = torch.ops.frog_cuda
 def _guard(name: str, *tensors: Tensor | None) -> None:
     """Raises where PyTorch would silently drop a tangent or a gradient."""
     # Another thread may be in forward mode; below autograd no tensor shows a tangent, and asking for it is an error
-    if forward_ad._current_level >= 0 and not torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.AutogradCPU):
+    if forward_ad._current_level >= 0 and not torch._C._dispatch_tls_is_dispatch_key_excluded(
+        DispatchKey.AutogradFunctionality
+    ):
         for t in tensors:
             if t is not None and forward_ad.unpack_dual(t).tangent is not None:
                 raise RuntimeError(

@@ -33,14 +33,18 @@ class Shape:
     kernel: int = 3
     stride: int = 1
     groups: int = 1
+    transposed: bool = False
 
     def make(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.channels)
         x = torch.randn(BATCH, self.channels, self.side, self.side, generator=generator)
-        w = torch.randn(self.outputs, self.channels // self.groups, self.kernel, self.kernel, generator=generator)
+        first, second = (self.channels, self.outputs) if self.transposed else (self.outputs, self.channels)
+        w = torch.randn(first, second // self.groups, self.kernel, self.kernel, generator=generator)
         return x, w / (w[0].numel() ** 0.5)
 
     def convolve(self, x: Tensor, w: Tensor) -> Tensor:
+        if self.transposed:
+            return F.conv_transpose2d(x, w, None, self.stride, (self.kernel - 1) // 2, 0, self.groups)
         return F.conv2d(x, w, None, self.stride, self.kernel // 2, 1, self.groups)
 
 
@@ -117,6 +121,12 @@ STAGES = [
     (32, Shape("1x1, stride 2, 128 to 256, 4x4", 128, 256, 4, kernel=1, stride=2)),
     (32, Shape("3x3, 256 channels, 2x2", 256, 256, 2)),
     (32, Shape("3x3, 512 channels, 1x1", 512, 512, 1)),
+    # of a MobileNet, a ConvNeXt, a ResNeXt and a generator of images
+    (32, Shape("depthwise 3x3, 192 channels, 8x8", 192, 192, 8, groups=192)),
+    (32, Shape("depthwise 7x7, 384 channels, 4x4", 384, 384, 4, kernel=7, groups=384)),
+    (32, Shape("3x3, 32 groups of 4, 8x8", 128, 128, 8, groups=32)),
+    (32, Shape("transposed 4x4, stride 2, 128 to 64, 8x8", 128, 64, 8, kernel=4, stride=2, transposed=True)),
+    (2, Shape("transposed 4x4, stride 2, 128 to 64, 8x8", 128, 64, 8, kernel=4, stride=2, transposed=True)),
 ]
 
 
@@ -126,7 +136,9 @@ def test_sampled_operator(batch: int, shape: Shape, k: int, compare: Compare) ->
     x, w = shape.make()
     x = x.repeat(-(-batch // BATCH), 1, 1, 1)[:batch].contiguous()
     moved = torch.zeros(k, *shape.convolve(x, w).shape)
-    options = dict(kernel=[shape.kernel] * 2, stride=[shape.stride] * 2, padding=[shape.kernel // 2] * 2, dilation=[1, 1])
+    padding = (shape.kernel - shape.transposed) // 2
+    options = dict(kernel=[shape.kernel] * 2, stride=[shape.stride] * 2, padding=[padding] * 2, dilation=[1, 1])
+    options |= dict(transposed=shape.transposed, groups=shape.groups)
 
     def ours() -> Tensor:
         return frog.ops.sampled_convolution_(moved, x, STATE, **options, distribution="rademacher", add=False)
@@ -137,7 +149,7 @@ def test_sampled_operator(batch: int, shape: Shape, k: int, compare: Compare) ->
             moved[i] = shape.convolve(x, v.view(w.shape))
         return moved
 
-    case = f"{shape.name}, k = {k}"
+    case = f"{shape.name}, batch {batch}, k = {k}"
     compare(ours, against, table="op", op="conv2d, sampled operator", against_name="a library call each", case=case)
     exact = against().double()
     assert (ours() - exact).abs().max() <= 1e-5 * exact.abs().max()

@@ -49,7 +49,9 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   m.def("narrow_convolution(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def(
       "sampled_convolution_(Tensor(a!) self, Tensor x, Tensor state, int[] kernel, int[] stride, int[] padding, int[] "
-      "dilation, int offset, int first, int distribution, bool add) -> ()");
+      "dilation, bool transposed, int[] output_padding, int groups, int offset, int first, int distribution, bool add) "
+      "-> "
+      "()");
   // embedding
   m.def(
       "embedding_jvp(Tensor indices, Tensor weight, Tensor? dweight, Tensor? state, int k, int first, int "

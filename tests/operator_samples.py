@@ -130,12 +130,19 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
             stride=[2, 1],
             padding=[1, 0],
             dilation=[1, 2],
+            transposed=transposed,
+            output_padding=[1, 0] if transposed else [0, 0],
+            groups=groups,
             offset=5,
             first=1,
             distribution=0,
             add=True,
         )
-        for target in (_rand(3, 2, 7, 3, 4, dtype=dtype), _rand(2, 7, 3, 3, 4, dtype=dtype).transpose(0, 2).transpose(1, 2))
+        for target, transposed, groups in (
+            (_rand(3, 2, 7, 3, 4, dtype=dtype), False, 1),
+            (_rand(2, 7, 3, 3, 4, dtype=dtype).transpose(0, 2).transpose(1, 2), False, 1),
+            (_rand(3, 2, 6, 10, 8, dtype=dtype), True, 2),
+        )
     ],
     "embedding_jvp": lambda dtype: [
         dict(indices=indices, weight=_rand(5, 7, dtype=dtype), k=3, **tangents)

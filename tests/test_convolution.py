@@ -189,6 +189,47 @@ SAMPLED = {
     "many images": ((41, 5, 3, 2), (41, 3, 3, 2), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])),
     # images in stretches, the second of three; places in stretches
     "large": ((67, 4, 65, 63), (67, 3, 65, 63), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1])),
+    "groups": ((3, 10, 4, 5), (3, 6, 4, 5), dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=2)),
+    # more groups than are drawn at a time
+    "depthwise": (
+        (3, 131, 3, 2),
+        (3, 131, 5, 4),
+        dict(kernel=[3, 3], stride=[2, 2], padding=[1, 1], dilation=[1, 1], groups=131),
+    ),
+    "two filters each": ((9, 66, 6), (9, 33, 7), dict(kernel=[2], stride=[1], padding=[0], dilation=[1], groups=33)),
+    # groups of more filters, and of more channels, than are drawn at a time
+    "wide groups": (
+        (2, 260, 2, 3),
+        (2, 480, 2, 3),
+        dict(kernel=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1], groups=2),
+    ),
+    "transposed": (
+        (2, 6, 9, 11),
+        (2, 4, 4, 5),
+        dict(kernel=[4, 3], stride=[2, 2], padding=[1, 0], dilation=[1, 1], transposed=True, output_padding=[1, 0]),
+    ),
+    # places that nothing reaches, and strides along which no tap repeats
+    "far apart": (
+        (3, 5, 14, 13),
+        (3, 4, 4, 3),
+        dict(kernel=[2, 2], stride=[4, 5], padding=[0, 1], dilation=[1, 3], transposed=True, output_padding=[0, 1]),
+    ),
+    "transposed 3d": (
+        (1, 6, 5, 4, 7),
+        (1, 4, 3, 4, 3),
+        dict(kernel=[3, 2, 3], stride=[2, 1, 2], padding=[1, 1, 0], dilation=[1, 2, 1], transposed=True, groups=2),
+    ),
+    # more filters, and more channels, than are drawn at a time
+    "wide transposed": (
+        (2, 700, 3, 2),
+        (2, 210, 3, 3),
+        dict(kernel=[3, 2], stride=[1, 1], padding=[1, 1], dilation=[1, 1], transposed=True),
+    ),
+    "depthwise transposed": (
+        (67, 131, 8),
+        (67, 131, 4),
+        dict(kernel=[4], stride=[2], padding=[1], dilation=[1], transposed=True, groups=131),
+    ),
 }
 
 
@@ -248,7 +289,10 @@ def test_weight_tangents_are_never_all_there():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["2d", "strided", "many channels", "many images", "large"])
+@pytest.mark.parametrize(
+    "name",
+    ["2d", "strided", "many channels", "many images", "large", "depthwise", "wide groups", "transposed", "wide transposed"],
+)
 def test_bits_of_sampled_do_not_depend_on_tangents_images_or_threads(name, threads):
     shape, x_shape, options = SAMPLED[name]
     x, state, how = draw(*x_shape, dtype=torch.float32), torch.tensor([9, 4]), dict(offset=5, add=False)
@@ -284,6 +328,21 @@ def test_bits_of_sampled_do_not_depend_on_tangents_images_or_threads(name, threa
         (dict(dilation=[1, 9]), "the kernel spans 19 places of axis 1, but the padded image has 7"),
         (dict(state=torch.tensor([1, -1])), "step is -1"),
         (dict(offset=-3), "offset is -3"),
+        (dict(groups=0), "groups is 0; accepted is what divides 4 channels and 6 outputs"),
+        (dict(groups=4), "groups is 4; accepted is what divides 4 channels and 6 outputs"),
+        (dict(groups=3), "groups is 3; accepted"),
+        (dict(output_padding=[0, 1]), "output_padding holds 1; accepted is 0 unless transposed"),
+        (dict(output_padding=[0]), "output_padding has 1 elements, expected 2"),
+        (dict(transposed=True, output_padding=[0, -1]), "output_padding holds -1"),
+        (
+            dict(transposed=True, output_padding=[0, 1]),
+            "output_padding holds 1; accepted is less than the stride 1 or the dilation 1",
+        ),
+        (dict(transposed=True, stride=[2, 1]), r"self has shape \(3, 2, 6, 7, 5\), expected \(3, 2, 6, 13, 5\)"),
+        (
+            dict(transposed=True, padding=[1, 4]),
+            "x has 5 places of axis 1, and its transposed convolution -1; accepted is at least 1",
+        ),
     ],
 )
 def test_bad_input_of_sampled_leaves_all_as_it_was(change, message):

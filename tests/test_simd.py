@@ -52,6 +52,9 @@ for distribution in ("normal", "rademacher"):
             places = dict(kernel=[3, 3], stride=[2, 1], padding=[1, 1], dilation=[1, 1])
             ops.sampled_convolution_(moved, images, state, offset=3, distribution=distribution, **places)
             computed[distribution, dtype, "sampled convolution", rows] = moved
+            moved, places = torch.ones(5, rows, 6, 13, 5, dtype=dtype), places | dict(transposed=True, groups=3)
+            ops.sampled_convolution_(moved, images, state, offset=3, distribution=distribution, **places)
+            computed[distribution, dtype, "sampled transposed convolution", rows] = moved
 torch.save((drawn, computed), sys.argv[1])
 """
 

@@ -74,12 +74,24 @@ inline void check_convolution_bias(const char* op, const Tensor& bias, const Ten
   check_shape(op, "bias", bias, {channels});
 }
 
-/// x [images, channels, *size], weight [filters, channels, *kernel], result [images, filters, *count]; in one group.
+/// x [images, groups * channels, *size], result [images, groups * filters, *count], and the weight [groups * filters,
+/// channels, *kernel], or [groups * channels, filters, *kernel] where transposed.
 struct ConvolutionSizes : WindowAxes {
-  int64_t images = 0, channels = 0, filters = 0;
+  int64_t images = 0, channels = 0, filters = 0, groups = 1;  // channels and filters: of a group
+  bool transposed = false;
   std::vector<int64_t> y_shape;
 
   int64_t rows() const { return channels * taps(); }  // elements of a filter
+  /// Where on `axis` of the image lies what place j of the result finds through tap i; -1 where nothing does.
+  int64_t input(int axis, int64_t j, int64_t i) const {
+    const WindowAxis& a = axes[axis];
+    int64_t at = a.at(j, i);
+    if (transposed) {  // the image's places are the windows, and j is what some of them cover
+      at = j + a.padding - i * a.dilation;
+      at = at >= 0 && at % a.stride == 0 ? at / a.stride : -1;
+    }
+    return at >= 0 && at < a.size ? at : -1;
+  }
 };
 
 inline void check_image_axes(const char* op, const Tensor& x) {
@@ -87,23 +99,39 @@ inline void check_image_axes(const char* op, const Tensor& x) {
                   ", expected (batch, channels, *) with one to three more axes");
 }
 
+/// With `filters` in all groups.
 inline ConvolutionSizes convolution_sizes(const char* op, const Tensor& x, int64_t filters,
-                                          const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                                          const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation) {
+                                          const std::vector<int64_t>& kernel, const ConvolutionOptions& o) {
   const int64_t axes = x.dim() - 2;
   check_axes(op, "kernel", kernel, axes, 1);
-  check_axes(op, "stride", stride, axes, 1);
-  check_axes(op, "padding", padding, axes, 0);
-  check_axes(op, "dilation", dilation, axes, 1);
+  check_axes(op, "stride", o.stride, axes, 1);
+  check_axes(op, "padding", o.padding, axes, 0);
+  check_axes(op, "dilation", o.dilation, axes, 1);
+  check_axes(op, "output_padding", o.output_padding, axes, 0);
+  STD_TORCH_CHECK(o.groups >= 1 && x.size(1) % o.groups == 0 && filters % o.groups == 0, op, ": groups is ", o.groups,
+                  "; accepted is what divides ", x.size(1), " channels and ", filters, " outputs");
   ConvolutionSizes s;
-  s.images = x.size(0), s.channels = x.size(1), s.filters = filters;
-  s.y_shape = {s.images, s.filters};
+  s.images = x.size(0), s.groups = o.groups, s.channels = x.size(1) / o.groups, s.filters = filters / o.groups;
+  s.transposed = o.transposed;
+  s.y_shape = {s.images, filters};
   for (int64_t j = 0; j < axes; ++j) {
     WindowAxis& a = s.axes[3 - axes + j];
-    a = {x.size(2 + j), kernel[j], stride[j], padding[j], dilation[j], 1};
-    STD_TORCH_CHECK(a.room() >= 0, op, ": the kernel spans ", a.dilation * (a.kernel - 1) + 1, " places of axis ", j,
-                    ", but the padded image has ", a.size + 2 * a.padding);
-    a.count = a.room() / a.stride + 1;
+    a = {x.size(2 + j), kernel[j], o.stride[j], o.padding[j], o.dilation[j], 1};
+    const int64_t spans = a.dilation * (a.kernel - 1) + 1;
+    if (o.transposed) {
+      STD_TORCH_CHECK(o.output_padding[j] < std::max(a.stride, a.dilation), op, ": output_padding holds ",
+                      o.output_padding[j], "; accepted is less than the stride ", a.stride, " or the dilation ",
+                      a.dilation);
+      a.count = (a.size - 1) * a.stride - 2 * a.padding + spans + o.output_padding[j];
+      STD_TORCH_CHECK(a.size >= 1 && a.count >= 1, op, ": x has ", a.size, " places of axis ", j,
+                      ", and its transposed convolution ", a.count, "; accepted is at least 1 of both");
+    } else {
+      STD_TORCH_CHECK(o.output_padding[j] == 0, op, ": output_padding holds ", o.output_padding[j],
+                      "; accepted is 0 unless transposed");
+      STD_TORCH_CHECK(a.room() >= 0, op, ": the kernel spans ", spans, " places of axis ", j,
+                      ", but the padded image has ", a.size + 2 * a.padding);
+      a.count = a.room() / a.stride + 1;
+    }
     s.y_shape.push_back(a.count);
   }
   return s;
@@ -120,27 +148,27 @@ inline ConvolutionSizes check_narrow_convolution(const char* op, const Tensor& x
                   ": weight has shape ", shape_string(weight), ", expected (filters, ", x.size(1),
                   ", *) with a filter at least and as many axes as x");
   const std::vector<int64_t> shape = shape_of(weight);
-  return convolution_sizes(op, x, shape[0], {shape.begin() + 2, shape.end()}, stride, padding, dilation);
+  const std::vector<int64_t> none(stride.size(), 0);
+  return convolution_sizes(op, x, shape[0], {shape.begin() + 2, shape.end()},
+                           {stride, padding, dilation, false, none, 1});
 }
 
-/// self [k, B, O, *t] and x [B, C, *s], with t what a kernel [O, C, *kernel] makes of s.
+/// self [k, B, O, *t] and x [B, C, *s], with t what the kernel makes of s.
 inline ConvolutionSizes check_sampled_convolution(const char* op, const Tensor& self, const Tensor& x,
                                                   const Tensor& state, const std::vector<int64_t>& kernel,
-                                                  const std::vector<int64_t>& stride,
-                                                  const std::vector<int64_t>& padding,
-                                                  const std::vector<int64_t>& dilation, int64_t offset, int64_t first,
+                                                  const ConvolutionOptions& o, int64_t offset, int64_t first,
                                                   int64_t distribution) {
   check_floating(op, "x", x);
   check_dtype(op, "self", self, x.scalar_type());
   check_image_axes(op, x);
   STD_TORCH_CHECK(self.dim() == x.dim() + 1, op, ": self has shape ", shape_string(self), " and x has shape ",
                   shape_string(x), ", expected (k, batch, outputs, *) with as many axes at the end");
-  const ConvolutionSizes s = convolution_sizes(op, x, self.size(2), kernel, stride, padding, dilation);
+  const ConvolutionSizes s = convolution_sizes(op, x, self.size(2), kernel, o);
   std::vector<int64_t> expected = s.y_shape;
   expected.insert(expected.begin(), self.size(0));
   check_shape(op, "self", self, expected);
   check_draw(op, state, self.size(0), first, distribution);
-  check_range(op, s.filters * s.rows(), offset);
+  check_range(op, s.groups * s.filters * s.rows(), offset);
   return s;
 }
 

@@ -274,7 +274,9 @@ void sampled_by_library(Tensor& target, const Tensor& x, const Tensor& state, co
                         const ConvolutionOptions& o, int64_t offset, int64_t first, int64_t distribution, bool add) {
   using C = typename ComputeOf<E>::type;
   const int64_t k = target.size(0), numel = target.numel() / std::max<int64_t>(1, k);
-  std::vector<int64_t> shape{target.size(2), x.size(1)};
+  std::vector<int64_t> shape{target.size(2), x.size(1)};  // of the weight
+  if (o.transposed) std::swap(shape[0], shape[1]);
+  shape[1] /= o.groups;
   shape.insert(shape.end(), kernel.begin(), kernel.end());
   int64_t weights = 1;
   for (const int64_t n : shape) weights *= n;
@@ -299,12 +301,13 @@ void sampled_by_library(Tensor& target, const Tensor& x, const Tensor& state, co
 
 void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, std::vector<int64_t> kernel,
                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                          int64_t offset, int64_t first, int64_t distribution, bool add) {
+                          bool transposed, std::vector<int64_t> output_padding, int64_t groups, int64_t offset,
+                          int64_t first, int64_t distribution, bool add) {
   const char* op = "sampled_convolution_";
   check_cpu(op, "self", self);
   check_cpu(op, "x", x_);
-  const ConvolutionSizes s =
-      check_sampled_convolution(op, self, x_, state, kernel, stride, padding, dilation, offset, first, distribution);
+  const ConvolutionOptions o{stride, padding, dilation, transposed, output_padding, groups};
+  const ConvolutionSizes s = check_sampled_convolution(op, self, x_, state, kernel, o, offset, first, distribution);
   const DrawSpec spec = draw_spec(op, state, self.size(0), first, distribution);
   dispatch_floating(op, x_.scalar_type(), [&](auto zero) {
     using E = decltype(zero);
@@ -316,7 +319,6 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
       sampled::convolve(s, spec, self.size(0), offset, static_cast<const T*>(x.const_data_ptr()), add,
                         static_cast<E*>(target.mutable_data_ptr()));
     } else {
-      const ConvolutionOptions o{stride, padding, dilation, false, std::vector<int64_t>(kernel.size(), 0), 1};
       sampled_by_library<E>(target, torch::stable::contiguous(x_), state, kernel, o, offset, first, distribution, add);
     }
     if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);

@@ -31,11 +31,11 @@ inline void tile(const double* xt, int64_t xt_ld, int64_t width, const double* v
                  int64_t count, double* acc, int64_t acc_ld, bool fresh) {
   simd().tile_f64(xt, xt_ld, width, v, v_ld, rows, count, acc, acc_ld, fresh);
 }
-inline void tile_listed(const float* xt, int64_t width, const float* v, int64_t v_ld, const int32_t* list, int64_t rows,
+inline void tile_listed(const float* xt, int64_t width, const float* v, int64_t v_ld, const Listed* list, int64_t rows,
                         int64_t count, float* acc, int64_t acc_ld, bool fresh) {
   simd().tile_listed_f32(xt, width, v, v_ld, list, rows, count, acc, acc_ld, fresh);
 }
-inline void tile_listed(const double* xt, int64_t width, const double* v, int64_t v_ld, const int32_t* list,
+inline void tile_listed(const double* xt, int64_t width, const double* v, int64_t v_ld, const Listed* list,
                         int64_t rows, int64_t count, double* acc, int64_t acc_ld, bool fresh) {
   simd().tile_listed_f64(xt, width, v, v_ld, list, rows, count, acc, acc_ld, fresh);
 }

@@ -65,13 +65,15 @@ Axes three(const std::vector<int64_t>& values, int missing) {
 
 void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, std::vector<int64_t> kernel,
                           std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                          int64_t offset, int64_t first, int64_t distribution, bool add) {
+                          bool transposed, std::vector<int64_t> output_padding, int64_t groups, int64_t offset,
+                          int64_t first, int64_t distribution, bool add) {
   const char* op = "sampled_convolution_";
   check_same_device(op, "self", self, x_);
   check_same_device(op, "x", x_, self);
   check_same_device(op, "state", state, self);
+  const ConvolutionOptions options{stride, padding, dilation, transposed, output_padding, groups};
   const ConvolutionSizes s =
-      check_sampled_convolution(op, self, x_, state, kernel, stride, padding, dilation, offset, first, distribution);
+      check_sampled_convolution(op, self, x_, state, kernel, options, offset, first, distribution);
   const std::vector<int64_t> shape = shape_of(self), images = shape_of(x_);
   const int64_t k = shape[0], columns = s.rows();
   const int64_t places = self.numel() / std::max<int64_t>(1, k * shape[1] * shape[2]);

@@ -64,6 +64,9 @@ def sampled_convolution_(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    transposed: bool = False,
+    output_padding: list[int] | None = None,
+    groups: int = 1,
     offset: int = 0,
     first: int = 0,
     distribution: str = "normal",
@@ -71,19 +74,23 @@ def sampled_convolution_(
 ) -> Tensor:
     """``self[i] += conv(x, dW_i)`` in place, or ``=`` without ``add``, for k sampled tangents of the weight of a convolution.
 
-    The tangents ``(O, C, *kernel)`` are those of :func:`sample_tangents`. All k share the unfolded input, an implicit matrix
+    The tangents ``(O, C / groups, *kernel)``, or ``(C, O / groups, *kernel)`` where transposed, are those of
+    :func:`sample_tangents`. All k share the unfolded input, an implicit matrix
     product; of it, as of the tangents, little is ever there. On a GPU they are drawn within the kernel. Low precision is summed
     in float32 and rounded once.
 
     Arguments:
         self: ``(k, B, O, *t)``.  x: ``(B, C, *s)``, s of one to three axes, the same dtype.
-        kernel, stride, padding, dilation: an integer for each axis of s. One group, not transposed.
+        kernel: sizes of the weight's axes after the first two.
+        stride, padding, dilation, transposed, output_padding, groups: as in ``torch.ops.aten.convolution``; an integer for
+            each axis of s. Without ``output_padding``, zeros.
         state, offset, first, distribution: as in :func:`sample_tangents`.
     """
     _guard("sampled_convolution_", self, x, state)
+    options = (stride, padding, dilation, transposed, output_padding or [0] * len(stride), groups)
     code = _code(DISTRIBUTIONS, "distribution", distribution)
     with _AutoDispatchBelowAutograd():
-        _ops.sampled_convolution_(self, x, state, kernel, stride, padding, dilation, offset, first, code, add)
+        _ops.sampled_convolution_(self, x, state, kernel, *options, offset, first, code, add)
     if not self.is_inference():
         increment_version(self)
     return self

@@ -44,6 +44,9 @@ def sampled_convolution_(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    transposed: bool = False,
+    output_padding: list[int] | None = None,
+    groups: int = 1,
     offset: int = 0,
     first: int = 0,
     distribution: str = "normal",
@@ -51,9 +54,9 @@ def sampled_convolution_(
 ) -> Tensor:
     """``self[i] (+)= conv(x, dW_i)``; ``self`` keeps its dtype and is rounded to it once."""
     k, outputs, channels = self.shape[0], self.shape[2], x.shape[1]
-    numel = outputs * channels * math.prod(kernel)
-    v = sample_tangents(state, k, numel, offset=offset, first=first, distribution=distribution)
-    options = (stride, padding, dilation, False, [0] * len(kernel), 1)
-    w = v.view(k, outputs, channels, *kernel)
+    shape = (channels, outputs // groups, *kernel) if transposed else (outputs, channels // groups, *kernel)
+    v = sample_tangents(state, k, math.prod(shape), offset=offset, first=first, distribution=distribution)
+    options = (stride, padding, dilation, transposed, output_padding or [0] * len(kernel), groups)
+    w = v.view(k, *shape)
     moved = torch.stack([torch.convolution(x.double(), w[i], None, *options) for i in range(k)])
     return self.copy_(self.double() + moved if add else moved)

@@ -1,8 +1,7 @@
 """Convolution of any kind: bilinear, so k folds into the batch for tangents of the input.
 
-Supplied tangents of the weight take one library call each, and so do sampled ones of transposed and grouped convolutions, which
-are drawn one at a time and dropped again. Other sampled ones are the compiled operator's: all k share the unfolded input, of
-which as little is ever there as of the tangents.
+Supplied tangents of the weight take one library call each. Sampled ones are the compiled operator's, in any groups and
+transposed: all k share the unfolded input, of which as little is ever there as of the tangents.
 """
 
 from __future__ import annotations
@@ -28,6 +27,9 @@ _IDENTITY = ops.POINTWISE["identity"]
 
 #: for narrow_convolution to pay: with fewer, adding the products up takes longer than making them
 _FEWEST_CHANNELS = 8
+
+#: of a group, for the GPU's operator to multiply the sampled tangents of a weight
+_FEWEST_FILTERS = 8
 
 
 @rule(F.conv1d, F.conv2d, F.conv3d)
@@ -117,11 +119,11 @@ def convolution(
         out = func(x, w, b, *options)
     if dx is not None and moved is None:
         moved = func(dx.flatten(0, 1), w.to(dx.dtype), None, *options).unflatten(0, (k, x.shape[0]))
-    if isinstance(sampled, SampledTangents) and groups == 1 and not transposed and _fits(x, w, sampled, moved):
+    if isinstance(sampled, SampledTangents) and _fits(x, w, sampled, moved, out.shape[1] // groups):
         add = moved is not None
         if moved is None:
             moved = torch.empty((k, *out.shape), dtype=sampled.dtype or w.dtype, device=out.device)
-        _add_sampled(moved, x, w, sampled, (stride, padding, dilation), add)
+        _add_sampled(moved, x, w, sampled, options, add)
     elif sampled is not None or dw is not None:
         for i in range(k):
             v = draw(w, sampled, i, 1)[0] if sampled is not None else dw[i]  # type: ignore[index]
@@ -165,21 +167,27 @@ def _as_product(
     return out.view(shape), None if moved is None else moved.view(k, *shape)
 
 
-def _fits(x: Tensor, w: Tensor, sampled: SampledTangents, moved: Tensor | None) -> bool:
-    """Whether the compiled operator takes these tangents of a weight."""
+def _fits(x: Tensor, w: Tensor, sampled: SampledTangents, moved: Tensor | None, filters: int) -> bool:
+    """Whether the compiled operator takes these tangents of a weight. On a GPU its tiles have 32 outputs at least, most of
+    which groups of few filters would leave idle; those are the library's, one tangent at a time."""
+    if filters < _FEWEST_FILTERS and not x.is_cpu:
+        return False
     dtype = sampled.dtype or w.dtype
     return dtype in FUSED_DTYPES and x.dim() > 2 and (moved is None or moved.dtype == dtype)
 
 
-def _add_sampled(moved: Tensor, x: Tensor, w: Tensor, sampled: SampledTangents, places: tuple[Any, ...], add: bool) -> None:
+def _add_sampled(moved: Tensor, x: Tensor, w: Tensor, sampled: SampledTangents, options: tuple[Any, ...], add: bool) -> None:
     """Products with all k sampled tangents of the weight, into ``moved`` (k, B, O, *)."""
     if sampled.touched is not None:
         sampled.touched.add(sampled.offset)
     kernel = list(w.shape[2:])
-    stride, padding, dilation = (list(p) * (len(kernel) if len(p) == 1 else 1) for p in places)
+    stride, padding, dilation, transposed, output_padding, groups = options
+    stride, padding, dilation, output_padding = (
+        list(p) * (len(kernel) if len(p) == 1 else 1) for p in (stride, padding, dilation, output_padding)
+    )
+    where = (kernel, stride, padding, dilation, transposed, output_padding, groups)
     code = ops.DISTRIBUTIONS[sampled.distribution]
-    where = (kernel, stride, padding, dilation, sampled.offset, sampled.first, code)
-    _sampled_convolution_(moved, x.to(moved.dtype), sampled.state, *where, add)
+    _sampled_convolution_(moved, x.to(moved.dtype), sampled.state, *where, sampled.offset, sampled.first, code, add)
 
 
 def _low_rank(func: Any, input: Any, weight: Any, factors: Factors, bias: Any, options: tuple[Any, ...]) -> Any:

@@ -63,6 +63,11 @@ constexpr int64_t kPoolBytes = 64;  // of elements of planes side by side
 
 constexpr int64_t kSignWords = 16;  // of 64 bits, that hold the signs of a group
 
+/// Where a row of one side and a column of the other lie that meet in a product.
+struct Listed {
+  int64_t x, v;
+};
+
 struct SimdKernels {
   const char* name;
 
@@ -86,10 +91,10 @@ struct SimdKernels {
                    int64_t count, float* acc, int64_t acc_ld, bool fresh);
   void (*tile_f64)(const double* xt, int64_t xt_ld, int64_t width, const double* v, int64_t v_ld, int64_t rows,
                    int64_t count, double* acc, int64_t acc_ld, bool fresh);
-  // the same of a packed panel, xt_ld = width, whose row c meets column list[c] of v
-  void (*tile_listed_f32)(const float* xt, int64_t width, const float* v, int64_t v_ld, const int32_t* list,
+  // the same of pairs that are listed: the row that starts at xt[list[c].x] meets column list[c].v of v
+  void (*tile_listed_f32)(const float* xt, int64_t width, const float* v, int64_t v_ld, const Listed* list,
                           int64_t rows, int64_t count, float* acc, int64_t acc_ld, bool fresh);
-  void (*tile_listed_f64)(const double* xt, int64_t width, const double* v, int64_t v_ld, const int32_t* list,
+  void (*tile_listed_f64)(const double* xt, int64_t width, const double* v, int64_t v_ld, const Listed* list,
                           int64_t rows, int64_t count, double* acc, int64_t acc_ld, bool fresh);
   // a panel for the tile: xt[c * width + r] = x[r * ld + c] for c < count and r < width, zeros where r >= rows
   void (*pack_f32)(const float* x, int64_t ld, int64_t rows, int64_t count, int64_t width, float* xt);

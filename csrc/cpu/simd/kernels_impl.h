@@ -274,9 +274,9 @@ inline void gram_of_signs(const DrawSpec& spec, int64_t k, int64_t start, int64_
 // ---- the matrix tile
 
 // R rows of v against N vectors of xt; the sums stay in registers over the whole count. Row c of xt meets column c of
-// v, or column list[c].
+// v, or what list[c] says.
 template <class T, int R, int N, bool kListed>
-void tile_fixed(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, const int32_t* list, int64_t count, T* acc,
+void tile_fixed(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, const Listed* list, int64_t count, T* acc,
                 int64_t acc_ld, bool fresh) {
   using V = typename VectorOf<T>::type;
   V sums[R][N];
@@ -285,8 +285,9 @@ void tile_fixed(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, const int3
   }
   for (int64_t c = 0; c < count; ++c) {
     V x[N];
-    for (int n = 0; n < N; ++n) x[n] = V::load(xt + c * xt_ld + n * V::kWidth);
-    const int64_t column = kListed ? list[c] : c;
+    const T* row = xt + (kListed ? list[c].x : c * xt_ld);
+    for (int n = 0; n < N; ++n) x[n] = V::load(row + n * V::kWidth);
+    const int64_t column = kListed ? list[c].v : c;
     for (int r = 0; r < R; ++r) {
       const V factor = V::set(v[r * v_ld + column]);
       for (int n = 0; n < N; ++n) sums[r][n] = fma(factor, x[n], sums[r][n]);
@@ -298,7 +299,7 @@ void tile_fixed(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, const int3
 }
 
 template <class T, int N, bool kListed>
-void tile_rows(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, const int32_t* list, int64_t rows, int64_t count,
+void tile_rows(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, const Listed* list, int64_t rows, int64_t count,
                T* acc, int64_t acc_ld, bool fresh) {
   int64_t r = 0;
   const auto take = [&](auto tile, int taken) {
@@ -312,7 +313,7 @@ void tile_rows(const T* xt, int64_t xt_ld, const T* v, int64_t v_ld, const int32
 }
 
 template <class T, bool kListed>
-void tile_width(const T* xt, int64_t xt_ld, int64_t width, const T* v, int64_t v_ld, const int32_t* list, int64_t rows,
+void tile_width(const T* xt, int64_t xt_ld, int64_t width, const T* v, int64_t v_ld, const Listed* list, int64_t rows,
                 int64_t count, T* acc, int64_t acc_ld, bool fresh) {
   const int64_t vectors = width / VectorOf<T>::type::kWidth;
   if constexpr (kTileVectors >= 4) {
@@ -332,9 +333,9 @@ void tile(const T* xt, int64_t xt_ld, int64_t width, const T* v, int64_t v_ld, i
 }
 
 template <class T>
-void tile_listed(const T* xt, int64_t width, const T* v, int64_t v_ld, const int32_t* list, int64_t rows, int64_t count,
+void tile_listed(const T* xt, int64_t width, const T* v, int64_t v_ld, const Listed* list, int64_t rows, int64_t count,
                  T* acc, int64_t acc_ld, bool fresh) {
-  tile_width<T, true>(xt, width, width, v, v_ld, list, rows, count, acc, acc_ld, fresh);
+  tile_width<T, true>(xt, 0, width, v, v_ld, list, rows, count, acc, acc_ld, fresh);
 }
 
 // to[c * to_ld + r] = from[r * ld + c] for a square as wide as a vector

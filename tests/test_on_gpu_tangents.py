@@ -80,14 +80,27 @@ def test_combine_samples_equals_the_cpu(distribution, batch, numel):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch, channels, outputs, side, stride", [(1, 3, 5, 7, 1), (8, 64, 96, 14, 2), (2, 300, 10, 4, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "batch, channels, outputs, side, stride, groups",
+    [
+        (1, 3, 5, 7, 1, 1),
+        (8, 64, 96, 14, 2, 1),
+        (2, 300, 10, 4, 1, 1),
+        (3, 10, 6, 9, 2, 2),
+        (4, 192, 144, 6, 1, 2),
+        (2, 33, 66, 7, 2, 33),
+    ],
+)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_sampled_convolution_equals_the_cpu(distribution, batch, channels, outputs, side, stride, dtype):
-    numel = 9 * channels * outputs
+def test_sampled_convolution_equals_the_cpu(distribution, batch, channels, outputs, side, stride, groups, transposed, dtype):
+    numel = 9 * channels * outputs // groups
     state = state_for(distribution, 5, numel, 77)
     x = torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0)).to(dtype)
-    result = (side - 1) // stride + 1
+    more = stride - 1 if transposed else 0
+    result = side * stride if transposed else (side - 1) // stride + 1
     places = dict(kernel=[3, 3], stride=[stride, stride], padding=[1, 1], dilation=[1, 1])
+    places |= dict(transposed=transposed, output_padding=[more, more], groups=groups)
     target = torch.zeros(4, batch, outputs, result, result, dtype=dtype)
     options = dict(offset=77, first=1, distribution=distribution, **places)
     actual = ops.sampled_convolution_(target.to(DEVICE), x.to(DEVICE), state.to(DEVICE), add=False, **options).cpu()

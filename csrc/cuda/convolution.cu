@@ -78,10 +78,13 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
   const int64_t k = shape[0], columns = s.rows();
   const int64_t places = self.numel() / std::max<int64_t>(1, k * shape[1] * shape[2]);
   constexpr int64_t kMost = int64_t{1} << 31;
-  STD_TORCH_CHECK(
-      k <= 65535 && x_.numel() / std::max<int64_t>(1, images[0]) < kMost && places < kMost && columns < kMost, op,
-      ": k is ", k, ", x has shape ", shape_string(x_), " and self has shape ", shape_string(self),
-      "; accepted on a GPU are up to 65535 tangents and fewer than 2^31 elements of an image or a kernel");
+  // Of all groups, and of the axis that windows move along, so that whatever is counted in one of them fits an int.
+  int64_t most = std::max({x_.numel() / std::max<int64_t>(1, images[0]), places, columns});
+  for (const WindowAxis& a : s.axes) most = std::max(most, (transposed ? a.count : a.size) + 2 * a.padding);
+  STD_TORCH_CHECK(k <= 65535 && most < kMost, op, ": k is ", k, ", x has shape ", shape_string(x_),
+                  " and self has shape ", shape_string(self),
+                  "; accepted on a GPU are up to 65535 tangents and fewer than 2^31 elements of an image or a ",
+                  "kernel and places of a padded axis");
   const OnDevice stream(self);
   const Tensor x = torch::stable::contiguous(x_);
   Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
@@ -90,11 +93,12 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
     using T = decltype(zero);
     using C = typename Compute<T>::type;
     SampledConvolution<T> p{};
-    p.x = in<T>(x), p.batch = images[0], p.channels = static_cast<int>(images[1]);
+    p.x = in<T>(x), p.batch = images[0], p.groups = s.groups, p.channels = static_cast<int>(s.channels);
     p.image = three({images.begin() + 2, images.end()}, 1), p.result = three({shape.begin() + 3, shape.end()}, 1);
     p.kernel = three(kernel, 1), p.stride = three(stride, 1), p.padding = three(padding, 0);
     p.dilation = three(dilation, 1);
-    p.out = shape[2], p.k = k, p.state = in<int64_t>(state), p.first = first, p.offset = offset;
+    p.transposed = s.transposed, p.out = s.filters, p.k = k, p.state = in<int64_t>(state), p.first = first,
+    p.offset = offset;
     p.dy = out<T>(target), p.add = add;
     p.split_columns = convolution_split_columns(p, distribution);
     std::optional<Tensor> partials;

@@ -39,12 +39,30 @@ __device__ __forceinline__ void normal_elements(const PhiloxWords& words, float 
   for (int w = 0; w < 4; ++w) normal_pair(words.w[w], out + 2 * w, out + 2 * w + 1);
 }
 
+/// The four elements of a multiple of four, in which `element` lies.
+__device__ __forceinline__ void normal_quad(const Stream& stream, int64_t tangent, uint64_t element, float out[4]) {
+  const uint32_t e = static_cast<uint32_t>(element % kNormalGroup);
+  const uint64_t call = element / kNormalGroup * kCallsPerGroup + 2 * (e >> 2 & 3) + (e >> 4 & 1);
+  const PhiloxWords words = draw_words(stream, tangent, call);
+  const bool late = e >= 32;  // words are chosen, not indexed: registers have no address
+  normal_pair(late ? words.w[2] : words.w[0], out, out + 1);
+  normal_pair(late ? words.w[3] : words.w[1], out + 2, out + 3);
+}
+
 // ---- Rademacher: eight calls, 0 <= call < 8, give a group of 1024 elements, 32 runs of 32; bit b of a run's word is
 // its element b
 
 /// The run that a word of a call holds.
 __host__ __device__ __forceinline__ constexpr int sign_run(int call, int word) {
   return 16 * (word >> 1) + 2 * call + (word & 1);
+}
+
+/// The word of the run in which `element` lies.
+__device__ __forceinline__ uint32_t sign_word(const Stream& stream, int64_t tangent, uint64_t element) {
+  const uint32_t e = static_cast<uint32_t>(element % kRademacherGroup);
+  const PhiloxWords words = draw_words(stream, tangent, element / kRademacherGroup * kCallsPerGroup + (e >> 6 & 7));
+  const uint32_t low = e >= 512 ? words.w[2] : words.w[0], high = e >= 512 ? words.w[3] : words.w[1];
+  return e >> 5 & 1 ? high : low;
 }
 
 /// -1 where the bit (0 or 1) is set, else 1.

@@ -236,7 +236,7 @@ struct Sums<double, Tile, kRowParts, kTangentParts> {
   }
 };
 
-template <class T, int64_t kDistribution, class Tile>
+template <class T, int64_t kDistribution, class Tile, bool kScattered = false>
 struct SampledKernel {
   using Parts = TangentParts<T, kDistribution>;
   using E = typename Parts::E;
@@ -245,7 +245,8 @@ struct SampledKernel {
   static constexpr int kTangentElements = Parts::kParts * Tile::kColumns * kChunk;  // of a tile
   using Normal = NormalTile<Parts, Tile::kColumns, Tile::kThreads>;
   using Sign = SignTile<Parts, Tile::kColumns, Tile::kThreads>;
-  using Drawn = std::conditional_t<kDistribution == kNormal, Normal, Sign>;
+  using Scattered = ScatteredTile<Parts, kDistribution, Tile::kColumns, Tile::kThreads>;
+  using Drawn = std::conditional_t<kScattered, Scattered, std::conditional_t<kDistribution == kNormal, Normal, Sign>>;
   static constexpr size_t kShared = (Tile::kStages * kRowElements + 2 * kTangentElements) * sizeof(E) + Drawn::kShared;
   static_assert(kShared <= 99 * 1024);
   static_assert(kShared >= Tile::kRows * Tile::kColumns * sizeof(typename Compute<T>::type));  // for the sums at last

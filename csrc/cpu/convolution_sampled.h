@@ -178,11 +178,16 @@ struct Strips {
   int64_t taps;
   bool transposed;
 
-  Strips(const ConvolutionSizes& s, int64_t k) : taps(s.taps()), transposed(s.transposed) {
+  // A thread takes a strip through a group of places, of which there are `place_groups`.
+  Strips(const ConvolutionSizes& s, int64_t k, int64_t place_groups) : taps(s.taps()), transposed(s.transposed) {
     constexpr int64_t kBytes = sizeof(T);
     int64_t most = kTileRows * std::max<int64_t>(1, kStripRows / (kTileRows * k));
     if (s.transposed) most = std::max(most, ceil_div(kFewestDrawn, kTileRows * taps) * kTileRows);
-    filters = std::clamp<int64_t>(s.filters, 1, most);
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(s.filters, kTileRows));
+    const int64_t wanted =
+        ceil_div(2 * torch::stable::get_num_threads(), std::max<int64_t>(1, place_groups * s.groups));
+    const int64_t parts = std::max(ceil_div(tiles * kTileRows, most), std::min(tiles, wanted));
+    filters = std::clamp<int64_t>(s.filters, 1, ceil_div(tiles, parts) * kTileRows);
     // Normal elements are drawn 64 at a time.
     channels = std::max<int64_t>(1, kDrawnBytes / (k * filters * taps * kBytes));
     if (channels > kNormalGroup) channels = channels / kNormalGroup * kNormalGroup;
@@ -253,11 +258,11 @@ void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, i
                    int64_t first_image, int64_t count, bool add, E* self) {
   constexpr int64_t kBytes = sizeof(T);
   const Columns c(count, panel_width<T>(), vector_width<T>());
-  const Strips<T> strips(s, k);
   const std::vector<int64_t> order = order_of(s);
   const int64_t all_channels = s.groups * s.channels, all_filters = s.groups * s.filters;
   const int64_t taps = s.taps(), outputs = s.outputs(), columns = c.size();
   const int64_t groups = ceil_div(outputs, c.group), panels = c.panels;
+  const Strips<T> strips(s, k, groups);
   const int64_t copied = c.places > 1 ? taps * c.width : 0;  // elements of a channel that a panel may have to copy
   const int64_t listed_panel = strips.channels * taps;
   const int64_t group_bytes = panels * (all_channels * copied * kBytes + listed_panel * sizeof(Listed));

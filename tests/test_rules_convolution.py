@@ -62,13 +62,18 @@ SAMPLED = [
 ]
 
 
+@pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.parametrize("distribution", ["normal", "rademacher"])
-def test_sampled_weights_are_drawn_by_the_operator(name, distribution, monkeypatch):
+def test_sampled_weights_are_drawn_by_the_operator_or_one_at_a_time(name, distribution, fits, monkeypatch):
     op, x_shape, w_shape, options = CONVOLUTIONS[name]
     x, w, b = draw(*x_shape), draw(*w_shape, seed=2), draw(3 if name == "3d" else 4, seed=3)
     k, state, at = 5, torch.tensor([3, 9]), 70
-    monkeypatch.delattr(convolution, "draw")
+    counts = []
+    original = convolution.draw
+    monkeypatch.setattr(convolution, "draw", lambda *a: counts.append(a[3]) or original(*a))
+    if not fits:  # as groups of few filters on a GPU
+        monkeypatch.setattr(convolution, "_fits", lambda *a: False)
 
     def sampled(p, offset):
         return DualTensor.sampled_from(p, SampledTangents(state, k, 2, offset, distribution))
@@ -82,6 +87,14 @@ def test_sampled_weights_are_drawn_by_the_operator(name, distribution, monkeypat
     compare(op(DualTensor(x, tangents[0]), sampled(w, at), sampled(b, at + w.numel()), **options), value, moved)
     (value,), (moved,) = expected(lambda w: op(x, w, b, **options), [w], tangents[1:2])
     compare(op(x, sampled(w, at), b, **options), value, moved)
+    assert counts == ([] if fits else [1] * 2 * k)
+
+
+@pytest.mark.parametrize("device, groups, filters, fits", [("cpu", 4, 1, True), ("meta", 4, 1, False), ("meta", 1, 1, True)])
+def test_groups_of_few_filters_are_the_library_s_beside_a_cpu(device, groups, filters, fits):
+    x, w = torch.empty(1, 4, 3, 3, device=device), torch.empty(groups * filters, 4 // groups, 3, 3, device=device)
+    tangents = SampledTangents(torch.tensor([0, 0]), 2, 0, 0, "normal")
+    assert convolution._fits(x, w, tangents, None, groups, filters) is fits
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

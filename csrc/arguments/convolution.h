@@ -26,6 +26,12 @@ struct ConvolutionOptions {
   int64_t groups;
 };
 
+/// Places of an axis that a transposed convolution makes of `size`.
+inline int64_t transposed_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                               int64_t output_padding) {
+  return (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1;
+}
+
 /// x [B, C, *s], dx [k, B, C, *s]; weight [O, C / groups, *], or [C, O / groups, *] where transposed.
 inline void check_convolution(const char* op, const Tensor& x, const Tensor& dx, const Tensor& weight,
                               const ConvolutionOptions& o) {
@@ -61,9 +67,10 @@ inline std::vector<int64_t> convolved_shape(const Tensor& x, const Tensor& weigh
   const auto of = [](const std::vector<int64_t>& values, int64_t a) { return values[values.size() == 1 ? 0 : a]; };
   std::vector<int64_t> shape{x.size(0), o.transposed ? weight.size(1) * o.groups : weight.size(0)};
   for (int64_t a = 0; a < x.dim() - 2; ++a) {
-    const int64_t reach = of(o.dilation, a) * (weight.size(2 + a) - 1), padding = 2 * of(o.padding, a);
-    shape.push_back(o.transposed ? (x.size(2 + a) - 1) * of(o.stride, a) - padding + reach + of(o.output_padding, a) + 1
-                                 : (x.size(2 + a) + padding - reach - 1) / of(o.stride, a) + 1);
+    const int64_t size = x.size(2 + a), kernel = weight.size(2 + a), stride = of(o.stride, a);
+    const int64_t padding = of(o.padding, a), dilation = of(o.dilation, a);
+    shape.push_back(o.transposed ? transposed_size(size, kernel, stride, padding, dilation, of(o.output_padding, a))
+                                 : (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1);
   }
   return shape;
 }
@@ -122,7 +129,7 @@ inline ConvolutionSizes convolution_sizes(const char* op, const Tensor& x, int64
       STD_TORCH_CHECK(o.output_padding[j] < std::max(a.stride, a.dilation), op, ": output_padding holds ",
                       o.output_padding[j], "; accepted is less than the stride ", a.stride, " or the dilation ",
                       a.dilation);
-      a.count = (a.size - 1) * a.stride - 2 * a.padding + spans + o.output_padding[j];
+      a.count = transposed_size(a.size, a.kernel, a.stride, a.padding, a.dilation, o.output_padding[j]);
       STD_TORCH_CHECK(a.size >= 1 && a.count >= 1, op, ": x has ", a.size, " places of axis ", j,
                       ", and its transposed convolution ", a.count, "; accepted is at least 1 of both");
     } else {

@@ -19,10 +19,10 @@
 
 namespace frog::sampled {
 
-constexpr int64_t kImages = 64;                      // at a time
-constexpr int64_t kUnfoldedBytes = 8 * 1024 * 1024;  // of copied rows and of lists, in last-level cache
-constexpr int64_t kFewestColumns = 512;              // taken together: fewer do not pay for drawing the weight
-constexpr int64_t kDrawnBytes = 512 * 1024;          // of tangents, in second-level cache
+constexpr int64_t kImages = 64;                    // at a time
+constexpr int64_t kCopiedBytes = 8 * 1024 * 1024;  // of copied rows and of lists, in last-level cache
+constexpr int64_t kFewestColumns = 512;            // taken together: fewer do not pay for drawing the weight
+constexpr int64_t kDrawnBytes = 512 * 1024;        // of tangents, in second-level cache
 constexpr int64_t kFewestDrawn = 256;  // elements that follow each other: of normal ones whole groups of 64 are drawn
 constexpr int64_t kSumsBytes = 4 * 1024 * 1024;  // of places that wait for further channels
 constexpr int64_t kPanelBytes = 16 * 1024;  // of a panel, between two loads of the sums; they stay in first-level cache
@@ -100,8 +100,8 @@ struct Found {
 template <class T>
 void turn(const T* images, int64_t count, int64_t runs, int64_t elements, int64_t lanes, int64_t step, T* turned) {
   constexpr int64_t kElements = 4096;
-  const int64_t parts = ceil_div(elements, kElements),
-                grain = std::max<int64_t>(1, kElements / std::max<int64_t>(1, elements));
+  const int64_t parts = ceil_div(elements, kElements);
+  const int64_t grain = std::max<int64_t>(1, kElements / std::max<int64_t>(1, elements));
   torch::stable::parallel_for(0, runs * parts, grain, [&](int64_t a, int64_t b) {
     for (int64_t part = a; part < b; ++part) {
       const int64_t run = part / parts, from = part % parts * kElements, to = std::min(elements, from + kElements);
@@ -112,8 +112,10 @@ void turn(const T* images, int64_t count, int64_t runs, int64_t elements, int64_
         continue;
       }
       for (int64_t e = from; e < to; ++e) {
-        for (int64_t i = 0; i < lanes; ++i)
-          turned_run[e * lanes + i] = i < count ? image[i * runs * elements + e] : T(0);
+        const T* pixel = image + e;
+        for (int64_t i = 0; i < lanes; ++i) {
+          turned_run[e * lanes + i] = i < count ? pixel[i * runs * elements] : T(0);
+        }
       }
     }
   });
@@ -266,7 +268,7 @@ void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, i
   const int64_t copied = c.places > 1 ? taps * c.width : 0;  // elements of a channel that a panel may have to copy
   const int64_t listed_panel = strips.channels * taps;
   const int64_t group_bytes = panels * (all_channels * copied * kBytes + listed_panel * sizeof(Listed));
-  const int64_t fitting = kUnfoldedBytes / std::max<int64_t>(1, group_bytes);
+  const int64_t fitting = kCopiedBytes / std::max<int64_t>(1, group_bytes);
   const bool at_once = strips.channels >= s.channels;  // sums are complete before the next group of places
   const int64_t held = k * strips.filters * columns;   // sums of a group of places
   int64_t together = std::min(groups, std::max(fitting, ceil_div(kFewestColumns, columns)));
@@ -283,7 +285,7 @@ void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, i
   const T* images = x + first_image * all_channels * s.inputs();
   if (copied > 0) {
     turn(images, count, all_channels, s.inputs(), c.lanes, step, turned.data());
-  } else {
+  } else {  // channels follow each other, so that few places do not make for short runs
     turn(images, count, 1, all_channels * s.inputs(), c.lanes, 0, turned.data());
   }
   for (int64_t g0 = 0; g0 < groups; g0 += together) {
@@ -326,6 +328,18 @@ void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, i
         }
       }
     };
+    // The sums of group j of a strip, which are complete, to where they belong
+    const auto finish = [&](const T* sum, const Strip& strip, int64_t j, int64_t g, T* across) {
+      const int64_t place = (g0 + g) * c.group, live = std::min(c.group, outputs - place);
+      const int64_t filter = (strip.group + j) * s.filters + strip.filter;
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t f = 0; f < strip.filters; ++f, sum += columns) {
+          E* image = self + ((i * s.images + first_image) * all_filters + filter + f) * outputs;
+          write(sum, c.lanes, count, live, across, add, all_filters * outputs,
+                order.empty() ? nullptr : order.data() + place, order.empty() ? image + place : image);
+        }
+      }
+    };
     // A unit of work is a strip of the weight times a group of places
     torch::stable::parallel_for(0, strips.count * here, grain, [&](int64_t from, int64_t to) {
       Scratch<T> drawn(k * strips.ld), sums(held * (at_once ? 1 : here));
@@ -338,20 +352,10 @@ void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, i
           strips.draw(s, spec, k, offset, strip, c0, some, drawn.data());
           for (int64_t g = first; g < last; ++g) {
             T* sum = sums.data() + (at_once ? 0 : g * held);
-            const int64_t place = (g0 + g) * c.group, live = std::min(c.group, outputs - place);
             for (int64_t j = 0; j < strip.groups; ++j) {
               const int64_t channel = (strip.group + j) * s.channels + c0;
               multiply(drawn.data() + j * strips.group_step, strip.filters, channel, some, g, c0 == 0, sum);
-              if (c0 + strips.channels < s.channels) continue;
-              const int64_t filter = (strip.group + j) * s.filters + strip.filter;
-              for (int64_t i = 0; i < k; ++i) {
-                for (int64_t f = 0; f < strip.filters; ++f) {
-                  E* to_image = self + ((i * s.images + first_image) * all_filters + filter + f) * outputs;
-                  write(sum + (i * strip.filters + f) * columns, c.lanes, count, live, across.data(), add,
-                        all_filters * outputs, order.empty() ? nullptr : order.data() + place,
-                        order.empty() ? to_image + place : to_image);
-                }
-              }
+              if (c0 + strips.channels >= s.channels) finish(sum, strip, j, g, across.data());
             }
           }
         }

@@ -75,9 +75,8 @@ def sampled_convolution_(
     """``self[i] += conv(x, dW_i)`` in place, or ``=`` without ``add``, for k sampled tangents of the weight of a convolution.
 
     The tangents ``(O, C / groups, *kernel)``, or ``(C, O / groups, *kernel)`` where transposed, are those of
-    :func:`sample_tangents`. All k share the unfolded input, an implicit matrix
-    product; of it, as of the tangents, little is ever there. On a GPU they are drawn within the kernel. Low precision is summed
-    in float32 and rounded once.
+    :func:`sample_tangents`. All k share the unfolded input, an implicit matrix product; of it, as of the tangents, little is
+    ever there. On a GPU they are drawn within the kernel. Low precision is summed in float32 and rounded once.
 
     Arguments:
         self: ``(k, B, O, *t)``.  x: ``(B, C, *s)``, s of one to three axes, the same dtype.

@@ -119,7 +119,7 @@ def convolution(
         out = func(x, w, b, *options)
     if dx is not None and moved is None:
         moved = func(dx.flatten(0, 1), w.to(dx.dtype), None, *options).unflatten(0, (k, x.shape[0]))
-    if isinstance(sampled, SampledTangents) and _fits(x, w, sampled, moved, out.shape[1] // groups):
+    if isinstance(sampled, SampledTangents) and _fits(x, w, sampled, moved, groups, out.shape[1] // groups):
         add = moved is not None
         if moved is None:
             moved = torch.empty((k, *out.shape), dtype=sampled.dtype or w.dtype, device=out.device)
@@ -167,10 +167,10 @@ def _as_product(
     return out.view(shape), None if moved is None else moved.view(k, *shape)
 
 
-def _fits(x: Tensor, w: Tensor, sampled: SampledTangents, moved: Tensor | None, filters: int) -> bool:
+def _fits(x: Tensor, w: Tensor, sampled: SampledTangents, moved: Tensor | None, groups: int, filters: int) -> bool:
     """Whether the compiled operator takes these tangents of a weight. On a GPU its tiles have 32 outputs at least, most of
     which groups of few filters would leave idle; those are the library's, one tangent at a time."""
-    if filters < _FEWEST_FILTERS and not x.is_cpu:
+    if groups > 1 and filters < _FEWEST_FILTERS and not x.is_cpu:
         return False
     dtype = sampled.dtype or w.dtype
     return dtype in FUSED_DTYPES and x.dim() > 2 and (moved is None or moved.dtype == dtype)

@@ -137,6 +137,44 @@ def test_large_results_are_those_of_each_image(together, transposed):
     assert torch.equal(one[0], y) and torch.equal(one[1], dy[1:])
 
 
+#: images so small that most of the kernel lies in the padding, which is left out: x, weight, stride, padding, dilation, groups
+SMALL = {
+    "2x2": ((5, 33, 2, 2), (17, 33, 3, 3), [1, 1], [1, 1], [1, 1], 1),
+    "many": ((70, 16, 2, 2), (101, 16, 3, 3), [1], [1], [1], 1),
+    "strided": ((7, 18, 3, 4), (20, 18, 5, 7), [2, 1], [2, 3], [1, 1], 1),
+    "dilated": ((4, 16, 3, 3), (16, 16, 3, 3), [1, 1], [2, 2], [2, 2], 1),
+    "grouped": ((6, 48, 2, 2), (51, 16, 3, 3), [1, 1], [1, 1], [1, 1], 3),
+    "1d": ((6, 16, 2), (18, 16, 5), [1], [2], [1], 1),
+    "3d": ((4, 16, 2, 2, 2), (20, 16, 3, 3, 3), [1] * 3, [1] * 3, [1] * 3, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("together", [True, False], ids=["neighbours", "apart"])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_images(name, together, dtype):
+    x_shape, w_shape, stride, padding, dilation, groups = SMALL[name]
+    options = dict(stride=stride, padding=padding, dilation=dilation, output_padding=[0] * len(stride), groups=groups)
+    x, dx = neighbours(K, x_shape, dtype)
+    if not together:
+        dx = dx.clone()
+    w, b = draw(*w_shape, seed=2, dtype=dtype), draw(w_shape[0], seed=3, dtype=dtype)
+    same = assert_close64 if dtype == torch.float64 else assert_close32
+    y, dy = ops.convolution_jvp(x, dx, w, b, **options)
+    for got, expected in zip((y, dy), reference.convolution_jvp(x, dx, w, b, **options), strict=True):
+        same(got, expected)
+    if together:
+        assert y.data_ptr() + y.nbytes == dy.data_ptr()
+    # Neither other tangents nor threads nor how the weight lies change a bit
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, last = ops.convolution_jvp(x, dx[2:], w.movedim(0, -1).contiguous().movedim(-1, 0), b, **options)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, y) and torch.equal(last[0], dy[2])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("together", [True, False], ids=["neighbours", "apart"])
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
-// What sampled_convolution_ does: dy_i (+)= conv(x, dW_i) for k sampled tangents of the weight, as an implicit product
-// of matrices: a column is a place of the result in one image, a row an input channel and a place of the kernel (a
-// tap).
+// What sampled_convolution_ does, and convolution_jvp on small images: dy_i (+)= conv(x, dW_i) for k sampled tangents
+// of the weight, or y = conv(x, W), as an implicit product of matrices: a column is a place of the result in one image,
+// a row an input channel and a place of the kernel (a tap).
 //
 // x is turned so that images lie side by side, and with a lane for each image a row of the matrix is a piece of that:
 // it is read where it is. Where a panel has several places, rows that leave the image or a line of it are copied
 // together, once for all k and some places at a time. As the columns of a panel belong to few places, a tap that lies
 // in the padding for all of them is left out: of a 3x3 kernel on images of 4x4, three rows in ten. A thread draws k
-// tangents of some filters into second-level cache and takes them through the panels on the register tile.
+// tangents of some filters into second-level cache and takes them through the panels on the register tile; a weight
+// that is there is read where it is.
 //
 // Floor per tangent and weight element: one draw, and a fused multiply-add for each place that finds it in the image.
 // The sums run over channels and taps in order: no bit depends on the number of tangents, images or threads.
@@ -17,7 +18,7 @@
 #include "../arguments/convolution.h"
 #include "product.h"
 
-namespace frog::sampled {
+namespace frog::direct {
 
 constexpr int64_t kImages = 64;                    // at a time
 constexpr int64_t kCopiedBytes = 8 * 1024 * 1024;  // of copied rows and of lists, in last-level cache
@@ -170,18 +171,33 @@ struct Strip {
   int64_t group, groups, filter, filters;
 };
 
-// What a thread draws at a time: [k, groups, filters, channels, taps] of the tangents, or [k, groups, channels,
-// filters, taps] where transposed, as they lie in the weight. Several groups only with all that belongs to them.
+// One weight [groups * filters, channels, taps], not transposed
+template <class T>
+struct Stored {
+  const T* data;
+  int64_t k = 1;
+};
+
+// Its k tangents, drawn
+struct Drawn {
+  const DrawSpec& spec;
+  int64_t offset, k;
+};
+
+// What a thread takes of the weight at a time: [k, groups, filters, channels, taps] of the tangents, or [k, groups,
+// channels, filters, taps] where transposed, as they lie in the weight. Several groups only with all that belongs to
+// them. Of a stored weight all channels.
 template <class T>
 struct Strips {
   int64_t filters, channels, groups = 1;
   int64_t in_group, count;  // strips of a group; of all
   int64_t group_step, ld;   // elements from group to group; from tangent to tangent
   int64_t taps;
-  bool transposed;
+  bool transposed, drawn;
 
   // A thread takes a strip through a group of places, of which there are `place_groups`.
-  Strips(const ConvolutionSizes& s, int64_t k, int64_t place_groups) : taps(s.taps()), transposed(s.transposed) {
+  Strips(const ConvolutionSizes& s, int64_t k, int64_t place_groups, bool drawn_)
+      : taps(s.taps()), transposed(s.transposed), drawn(drawn_) {
     constexpr int64_t kBytes = sizeof(T);
     int64_t most = kTileRows * std::max<int64_t>(1, kStripRows / (kTileRows * k));
     if (s.transposed) most = std::max(most, ceil_div(kFewestDrawn, kTileRows * taps) * kTileRows);
@@ -193,7 +209,7 @@ struct Strips {
     // Normal elements are drawn 64 at a time.
     channels = std::max<int64_t>(1, kDrawnBytes / (k * filters * taps * kBytes));
     if (channels > kNormalGroup) channels = channels / kNormalGroup * kNormalGroup;
-    channels = std::clamp<int64_t>(s.channels, 1, channels);
+    channels = std::clamp<int64_t>(s.channels, 1, drawn ? channels : s.channels);
     group_step = filters * channels * taps;
     if (filters >= s.filters && channels >= s.channels) {
       groups =
@@ -211,21 +227,29 @@ struct Strips {
   int64_t channel_step() const { return transposed ? filters * taps : taps; }
   int64_t filter_step(int64_t some) const { return transposed ? taps : some * taps; }
 
-  // `some` channels of a strip from channel c0 of its group on
-  void draw(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_t offset, const Strip& strip, int64_t c0,
-            int64_t some, T* drawn) const {
-    const int64_t start = offset + strip.group * s.filters * s.rows();
+  // Where in a weight `some` channels of a strip begin, from channel c0 of its group on: where they lie, or in `room`
+  // once they are drawn.
+  const T* of(const Stored<T>& w, const ConvolutionSizes& s, const Strip& strip, int64_t, int64_t, T*) const {
+    return w.data + (strip.group * s.filters + strip.filter) * s.rows();
+  }
+  const T* of(const Drawn& w, const ConvolutionSizes& s, const Strip& strip, int64_t c0, int64_t some, T* room) const {
+    draw(s, w, strip, c0, some, room);
+    return room;
+  }
+
+  void draw(const ConvolutionSizes& s, const Drawn& w, const Strip& strip, int64_t c0, int64_t some, T* room) const {
+    const int64_t start = w.offset + strip.group * s.filters * s.rows();
     if (transposed) {
       const int64_t from = start + (c0 * s.filters + strip.filter) * taps, step = s.filters * taps;
-      if (filters == s.filters) return frog::draw(spec, k, from, strip.groups * some * step, drawn, ld);
+      if (filters == s.filters) return frog::draw(w.spec, w.k, from, strip.groups * some * step, room, ld);
       for (int64_t c = 0; c < some; ++c) {
-        frog::draw(spec, k, from + c * step, strip.filters * taps, drawn + c * channel_step(), ld);
+        frog::draw(w.spec, w.k, from + c * step, strip.filters * taps, room + c * channel_step(), ld);
       }
     } else {
       const int64_t from = start + strip.filter * s.rows() + c0 * taps, length = some * taps;
-      if (some == s.channels) return frog::draw(spec, k, from, strip.groups * strip.filters * length, drawn, ld);
+      if (some == s.channels) return frog::draw(w.spec, w.k, from, strip.groups * strip.filters * length, room, ld);
       for (int64_t f = 0; f < strip.filters; ++f) {
-        frog::draw(spec, k, from + f * s.rows(), length, drawn + f * length, ld);
+        frog::draw(w.spec, w.k, from + f * s.rows(), length, room + f * length, ld);
       }
     }
   }
@@ -255,16 +279,17 @@ inline std::vector<int64_t> order_of(const ConvolutionSizes& s) {
 }
 
 // self (+)= of `count` images from `first_image` on
-template <class T, class E>
-void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_t offset, const T* x,
-                   int64_t first_image, int64_t count, bool add, E* self) {
+template <class T, class Weight, class E>
+void convolve_some(const ConvolutionSizes& s, const Weight& weight, const T* x, int64_t first_image, int64_t count,
+                   bool add, E* self) {
   constexpr int64_t kBytes = sizeof(T);
   const Columns c(count, panel_width<T>(), vector_width<T>());
   const std::vector<int64_t> order = order_of(s);
-  const int64_t all_channels = s.groups * s.channels, all_filters = s.groups * s.filters;
+  constexpr bool kDrawn = std::is_same_v<Weight, Drawn>;
+  const int64_t k = weight.k, all_channels = s.groups * s.channels, all_filters = s.groups * s.filters;
   const int64_t taps = s.taps(), outputs = s.outputs(), columns = c.size();
   const int64_t groups = ceil_div(outputs, c.group), panels = c.panels;
-  const Strips<T> strips(s, k, groups);
+  const Strips<T> strips(s, k, groups, kDrawn);
   const int64_t copied = c.places > 1 ? taps * c.width : 0;  // elements of a channel that a panel may have to copy
   const int64_t listed_panel = strips.channels * taps;
   const int64_t group_bytes = panels * (all_channels * copied * kBytes + listed_panel * sizeof(Listed));
@@ -311,7 +336,7 @@ void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, i
       }
     });
     // sum [k, filters, columns] (+)= the products of one group's channels c0 .. c0 + some, in group g of the places
-    const auto multiply = [&](const T* drawn, int64_t n, int64_t channel, int64_t some, int64_t g, bool fresh, T* sum) {
+    const auto multiply = [&](const T* part, int64_t n, int64_t channel, int64_t some, int64_t g, bool fresh, T* sum) {
       const int64_t next = strips.filter_step(some);
       const bool at_equal_steps = n == 1 || strips.ld == n * next;  // from filter to filter, through all tangents
       const int64_t calls = at_equal_steps ? 1 : k, v_ld = n == 1 ? strips.ld : next;
@@ -321,7 +346,7 @@ void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, i
         const Listed* list = listed.data() + p * listed_panel;
         for (int64_t r = 0; r == 0 || r < depth; r += steps) {
           for (int64_t i = 0; i < calls; ++i) {
-            tile_listed(turned.data() + channel * step, panel.width, drawn + i * strips.ld, v_ld, list + r,
+            tile_listed(turned.data() + channel * step, panel.width, part + i * strips.ld, v_ld, list + r,
                         k / calls * n, std::min(steps, depth - r), sum + i * n * columns + column, columns,
                         fresh && r == 0);
           }
@@ -342,19 +367,19 @@ void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, i
     };
     // A unit of work is a strip of the weight times a group of places
     torch::stable::parallel_for(0, strips.count * here, grain, [&](int64_t from, int64_t to) {
-      Scratch<T> drawn(k * strips.ld), sums(held * (at_once ? 1 : here));
+      Scratch<T> drawn(kDrawn ? k * strips.ld : 0), sums(held * (at_once ? 1 : here));
       Scratch<T> across(c.lanes * ceil_div(c.group, vector_width<T>()) * vector_width<T>());
       for (int64_t unit = from; unit < to; unit = (unit / here + 1) * here) {
         const Strip strip = strips.at(s, unit / here);
         const int64_t first = unit % here, last = std::min(here, first + to - unit);
         for (int64_t c0 = 0; c0 == 0 || c0 < s.channels; c0 += strips.channels) {
           const int64_t some = std::min(strips.channels, s.channels - c0);
-          strips.draw(s, spec, k, offset, strip, c0, some, drawn.data());
+          const T* part = strips.of(weight, s, strip, c0, some, drawn.data());
           for (int64_t g = first; g < last; ++g) {
             T* sum = sums.data() + (at_once ? 0 : g * held);
             for (int64_t j = 0; j < strip.groups; ++j) {
               const int64_t channel = (strip.group + j) * s.channels + c0;
-              multiply(drawn.data() + j * strips.group_step, strip.filters, channel, some, g, c0 == 0, sum);
+              multiply(part + j * strips.group_step, strip.filters, channel, some, g, c0 == 0, sum);
               if (c0 + strips.channels >= s.channels) finish(sum, strip, j, g, across.data());
             }
           }
@@ -365,12 +390,11 @@ void convolve_some(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, i
 }
 
 // self [k, images, all filters, *] (+)= conv(x, dW_i), some images after the other
-template <class T, class E>
-void convolve(const ConvolutionSizes& s, const DrawSpec& spec, int64_t k, int64_t offset, const T* x, bool add,
-              E* self) {
+template <class T, class Weight, class E>
+void convolve(const ConvolutionSizes& s, const Weight& weight, const T* x, bool add, E* self) {
   for (int64_t first = 0; first < s.images; first += kImages) {
-    convolve_some(s, spec, k, offset, x, first, std::min(kImages, s.images - first), add, self);
+    convolve_some(s, weight, x, first, std::min(kImages, s.images - first), add, self);
   }
 }
 
-}  // namespace frog::sampled
+}  // namespace frog::direct

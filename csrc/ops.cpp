@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   m.def("tangent_gram(Tensor state, int k, int numel, int offset, int first, int distribution) -> Tensor");
   m.def("gram(Tensor tangents) -> Tensor");
   m.def(
+      "sample_blocks(Tensor state, int k, int[] numels, int[] offsets, int first, int distribution, ScalarType dtype) "
+      "-> Tensor");
+  m.def("gram_blocks(Tensor blocks, int k, int[] numels) -> Tensor");
+  m.def(
       "tangent_combine(Tensor state, Tensor coefficients, int numel, int offset, int first, int distribution, "
       "ScalarType dtype) -> Tensor");
   m.def(

@@ -67,4 +67,9 @@ inline Tensor to_dtype(const Tensor& self, ScalarType dtype) {
   return self.scalar_type() == dtype ? self : torch::stable::to(self, dtype);
 }
 
+/// The tensor itself where it is contiguous, without a call of the library.
+inline Tensor as_contiguous(const Tensor& self) {
+  return self.is_contiguous() ? self : torch::stable::contiguous(self);
+}
+
 }  // namespace frog

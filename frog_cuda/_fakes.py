@@ -48,6 +48,18 @@ def gram(tangents: Tensor) -> Tensor:
 
 
 @_fake
+def sample_blocks(
+    state: Tensor, k: int, numels: list[int], offsets: list[int], first: int, distribution: int, dtype: torch.dtype
+) -> Tensor:
+    return state.new_empty((k * sum(numels),), dtype=dtype)
+
+
+@_fake
+def gram_blocks(blocks: Tensor, k: int, numels: list[int]) -> Tensor:
+    return blocks.new_empty((len(numels), k, k), dtype=torch.float64)
+
+
+@_fake
 def tangent_combine(
     state: Tensor, coefficients: Tensor, numel: int, offset: int, first: int, distribution: int, dtype: torch.dtype
 ) -> Tensor:

@@ -82,6 +82,7 @@ class SampledTangents:
         touched: where given, the offset is added to it when an operation reads the tangents: the parameter takes part.
         dtype: of the tangents; None means the parameter's.
         whole: how many tangents the whole set has; None means k.
+        drawn: the tangents (k, *shape), where they are there anyway; not to be written to.
     """
 
     state: Tensor
@@ -93,6 +94,7 @@ class SampledTangents:
     touched: set[int] | None = None
     dtype: torch.dtype | None = None
     whole: int | None = None
+    drawn: Tensor | None = None
 
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
@@ -363,6 +365,8 @@ def draw(primal: Tensor, sampled: SampledTangents | Factors, first: int = 0, cou
     if sampled.touched is not None:
         sampled.touched.add(sampled.offset)
     count = sampled.k if count is None else count
+    if sampled.drawn is not None:
+        return sampled.drawn[first : first + count].clone()
     flat = ops.sample_tangents(
         sampled.state,
         count,

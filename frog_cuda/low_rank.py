@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
 from ._checks import flat
+from .guides import Piece
 
 
 def factored(shape: tuple[int, ...], r: int) -> bool:
@@ -34,13 +38,6 @@ class Factors:
     shape: tuple[int, ...]
     offset: int = 0
     touched: set[int] | None = None
-
-    @staticmethod
-    def split(drawn: Tensor, shape: tuple[int, ...], r: int) -> Factors:
-        """From elements (k, r (out + m)) in a row."""
-        out = shape[0]
-        left, right = drawn[:, : r * out], drawn[:, r * out :]
-        return Factors(left.contiguous().view(-1, r, out), right.contiguous().view(len(drawn), r, -1), shape)
 
     @property
     def k(self) -> int:
@@ -67,15 +64,6 @@ class Factors:
         chosen = slice(first, None if count is None else first + count)
         return (self.left[chosen].mT @ self.right[chosen]).mul_(self.scale).view(-1, *self.shape)
 
-    def gram(self) -> Tensor:
-        """``<v_i, v_j>``, float64 (k, k): sums of products of the factors' Gram matrices, accumulated in float64."""
-        from . import ops
-
-        pairs = ops.gram(self.left.flatten(0, 1)) * ops.gram(self.right.flatten(0, 1))
-        if self.r == 1:
-            return pairs
-        return pairs.view(self.k, self.r, self.k, self.r).sum((1, 3)) / self.r
-
     def combine(self, coefficients: Tensor) -> Tensor:
         """``sum_i c_i v_i``, coefficients (k,): (*shape), in the dtype of the factors, or float32 where that is lower."""
         left, right = self._scaled(coefficients)
@@ -92,5 +80,84 @@ class Factors:
     def _scaled(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Both factors as (k r, .), coefficients and scale in the left one."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        weights = (coefficients * self.scale).to(dtype).view(-1, 1, 1)
-        return (self.left.to(dtype) * weights).flatten(0, 1), self.right.to(dtype).flatten(0, 1)
+        left, right = (self.left, self.right) if self.dtype is dtype else (self.left.to(dtype), self.right.to(dtype))
+        weights = (coefficients if self.r == 1 else coefficients * self.scale).to(dtype).view(-1, 1, 1)
+        return (left * weights).flatten(0, 1), right.flatten(0, 1)
+
+
+class Layout:
+    """Which elements of the global tangent vector the pieces of a model take, where tangents of matrices have rank r.
+
+    Arguments:
+        pieces: all of them.
+    Attributes:
+        matrices: pieces (out, *) with factors.  sides: their lengths, first of all left factors, then of all right ones.
+        short: pieces that are drawn in full.
+    """
+
+    #: elements of a piece without factors up to which it is drawn beforehand; the tangents of longer ones are never stored
+    LONGEST = 1 << 16
+
+    def __init__(self, pieces: Sequence[Piece], r: int) -> None:
+        self.r = r
+        self.matrices = [p for p in pieces if factored(p.shape, r)]
+        self.short = [p for p in pieces if not factored(p.shape, r) and p.numel <= self.LONGEST]
+        heights = [p.shape[0] for p in self.matrices]
+        self.sides = [*heights, *(math.prod(p.shape[1:]) for p in self.matrices)]
+        self.numels = [r * n for n in self.sides]
+        begins = [p.offset for p in self.matrices]
+        self.offsets = [*begins, *(at + r * n for at, n in zip(begins, heights, strict=True))]
+        self.short_numels, self.short_offsets = [p.numel for p in self.short], [p.offset for p in self.short]
+        #: by offset and shape, as an empty piece has the offset of the one behind it
+        self.places = {(p.offset, p.shape): i for i, p in enumerate([*self.matrices, *self.short])}
+
+
+class Drawn:
+    """Tangents of all pieces, drawn together: most are short, and a call for each would take longer than drawing.
+
+    Arguments:
+        state, k, first, base, dtype: what :func:`frog_cuda.ops.sample_blocks` draws.
+    """
+
+    def __init__(self, layout: Layout, state: Tensor, k: int, first: int, base: str, dtype: torch.dtype) -> None:
+        from . import ops
+
+        how: dict[str, Any] = {"first": first, "distribution": base, "dtype": dtype}
+        self.layout, self.k = layout, k
+        self._factors = ops.sample_blocks(state, k, layout.numels, layout.offsets, **how)
+        self._full = ops.sample_blocks(state, k, layout.short_numels, layout.short_offsets, **how)
+        self._sides = self._factors.split([k * n for n in layout.numels])
+        self._blocks = self._full.split([k * n for n in layout.short_numels])
+
+    def _place(self, piece: Piece) -> int:
+        return self.layout.places.get((piece.offset, piece.shape), -1)
+
+    def factors(self, piece: Piece) -> Factors | None:
+        """None where it has none."""
+        at, count = self._place(piece), len(self.layout.matrices)
+        if not 0 <= at < count:
+            return None
+        left, right = (side.view(self.k, self.layout.r, -1) for side in (self._sides[at], self._sides[count + at]))
+        return Factors(left, right, piece.shape, piece.offset)
+
+    def full(self, piece: Piece) -> Tensor | None:
+        """(k, *shape) of a piece that is drawn in full, and short."""
+        at = self._place(piece) - len(self.layout.matrices)
+        return self._blocks[at].view(self.k, *piece.shape) if at >= 0 else None
+
+    def gram(self, piece: Piece) -> Tensor | None:
+        """``<v_i, v_j>``, float64 (k, k); None where the tangents are not here."""
+        at = self._place(piece)
+        return self._grams[at] if at >= 0 else None
+
+    @functools.cached_property
+    def _grams(self) -> list[Tensor]:
+        """Of factors: sums of products of their Gram matrices, accumulated in float64."""
+        from . import ops
+
+        k, r, count = self.k, self.layout.r, len(self.layout.matrices)
+        sides = ops.gram_blocks(self._factors, k * r, self.layout.sides)  # (2 count, k r, k r)
+        pairs = sides[:count].mul_(sides[count:])
+        if r > 1:
+            pairs = pairs.view(-1, k, r, k, r).sum((2, 4)) / r
+        return [*pairs.unbind(), *ops.gram_blocks(self._full, k, self.layout.short_numels).unbind()]

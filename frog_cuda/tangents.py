@@ -31,7 +31,7 @@ from .distributions import (
     random_words,
 )
 from .guides import Guide, Piece, read_vectors
-from .low_rank import Factors, factored
+from .low_rank import Drawn, Factors, Layout
 from .sgd import Sgd
 
 __all__ = [
@@ -99,8 +99,9 @@ class TangentSet:
         device: where.
         n: length of the whole vector; only :class:`StandardBasis`, :class:`Guided` and :class:`Supplied` callables must know it
             beforehand.
-        pieces: the pieces by name; only :class:`Guided` and :class:`Supplied` need them.
+        pieces: the pieces by name; only :class:`Guided`, :class:`LowRank` and :class:`Supplied` need them.
         remembered: for :class:`Guided` with ``previous``, the estimates so far.
+        layout: of the pieces, for :class:`LowRank`; made of them where it is not given.
     Attributes:
         drawn: how many of the tangents are drawn; after them come the ``guides``.
         k: of all tangents.
@@ -116,10 +117,14 @@ class TangentSet:
         n: int | None = None,
         pieces: list[Piece] | None = None,
         remembered: Sequence[Guide] | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.distribution, self.drawn, self.seed, self.step, self.device = distribution, k, seed, step, device
         self.stored: dict[str, Tensor] | None = None
-        self._factors: dict[tuple[int, tuple[int, ...], torch.dtype], Factors] = {}
+        if isinstance(distribution, LowRank):
+            assert pieces is not None
+            self._layout = Layout(pieces, distribution.r) if layout is None else layout
+        self._drawn: dict[tuple[torch.dtype, int, int], Drawn] = {}  # of low rank: of all tangents, and of the latest chunk
         self.guides: list[Guide] = []
         if n is not None:
             distribution.check(k, n)
@@ -185,34 +190,36 @@ class TangentSet:
         the Gram matrix and the estimate."""
         if not isinstance(self.distribution, LowRank):
             return None
-        count = self.k - first if count is None else count
-        # an empty piece has the offset of the one behind it
-        key, whole = (piece.offset, piece.shape, dtype), count == self.k
-        if whole and key in self._factors:
-            return self._factors[key]
-        if not factored(piece.shape, self.distribution.r):
+        return self._of_low_rank(dtype, first, count).factors(piece)
+
+    def in_full(self, piece: Piece, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Tensor | None:
+        """The same of other pieces that are short: (count, *shape), not to be written to."""
+        if not isinstance(self.distribution, LowRank):
             return None
-        r, m = self.distribution.r, math.prod(piece.shape[1:])
-        elements, base = r * (piece.shape[0] + m), self.distribution.base
-        drawn = ops.sample_tangents(
-            self.state, count, elements, offset=piece.offset, first=first, distribution=base, dtype=dtype
-        )
-        found = Factors.split(drawn, piece.shape, r)
-        if whole:
-            self._factors[key] = found
-        return found
+        return self._of_low_rank(dtype, first, count).full(piece)
+
+    def _of_low_rank(self, dtype: torch.dtype, first: int = 0, count: int | None = None) -> Drawn:
+        assert isinstance(self.distribution, LowRank)
+        count = self.k - first if count is None else count
+        key = dtype, first, count
+        if key not in self._drawn:
+            for latest in [k for k in self._drawn if k[2] < self.k]:
+                del self._drawn[latest]
+            self._drawn[key] = Drawn(self._layout, self.state, count, first, self.distribution.base, dtype)
+        return self._drawn[key]
 
     def forget(self) -> None:
         """Drops what was kept: the state is that of another step now."""
-        self._factors.clear()
+        self._drawn.clear()
 
     def gram(self, piece: Piece) -> Tensor:
         """This piece's share of the Gram matrix: (k, k) float64."""
         if self.stored is not None:
             return ops.gram(flat(self.stored[piece.name]))
-        factors = self.factors(piece, torch.float32)  # exact: elements are drawn in float32
-        if factors is not None:
-            return factors.gram()
+        if isinstance(self.distribution, LowRank):  # exact in float32, in which elements are drawn
+            gram = self._of_low_rank(torch.float32).gram(piece)
+            if gram is not None:
+                return gram
         if self.guides:
             return self.joint_gram([piece])
         return ops.tangent_gram(self.state, self.k, piece.numel, offset=piece.offset, distribution=self.distribution.base)
@@ -240,7 +247,8 @@ class TangentSet:
             return (coefficients.to(wide) @ flat(tangents).to(wide)).view(piece.shape).to(dtype)
         factors = self.factors(piece, _at_least_float32(dtype))
         if factors is not None:
-            return factors.combine(coefficients).to(dtype)
+            combined = factors.combine(coefficients)
+            return combined if combined.dtype is dtype else combined.to(dtype)
         combined = ops.tangent_combine(
             self.state,
             coefficients[: self.drawn],
@@ -251,7 +259,8 @@ class TangentSet:
         )
         for guide, c in zip(self.guides, coefficients[self.drawn :], strict=True):
             guide.add_to(combined, piece, c)
-        return combined.view(piece.shape).to(dtype)
+        combined = combined.view(piece.shape)
+        return combined if combined.dtype is dtype else combined.to(dtype)
 
     def combine_samples(self, piece: Piece, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         """``sum_i c_ib z_ib`` for every sample b of a piece of shape (B, *m): (B, *m); coefficients (k, B) float64. Only of

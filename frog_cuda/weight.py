@@ -19,11 +19,12 @@ from .exchange import exchanged, unmoved_buffers
 from .functional import RandomNumbers
 from .guides import Guide
 from .layers import parameters_of
+from .low_rank import Layout
 from .rerun import snapshot
 from .sgd import Momentum, Sgd
 from .share import ALONE, Share
 from .stopping import stopping_at_no_grad
-from .tangents import Distribution, Piece, TangentSet
+from .tangents import Distribution, LowRank, Piece, TangentSet
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -57,6 +58,7 @@ class WeightPerturbation:
             self.pieces.append(Piece(name, tuple(p.shape), offset, padding.get(name)))
             offset += p.numel()
         self.total = offset
+        self._layout: Layout | None = None
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +67,12 @@ class WeightPerturbation:
     def tangent_set(
         self, distribution: Distribution, k: int, seed: int, step: int, remembered: Sequence[Guide] | None = None
     ) -> TangentSet:
-        return TangentSet(distribution, k, seed, step, self.device, self.total, self.pieces, remembered)
+        layout = None
+        if isinstance(distribution, LowRank):
+            if self._layout is None or self._layout.r != distribution.r:
+                self._layout = Layout(self.pieces, distribution.r)
+            layout = self._layout
+        return TangentSet(distribution, k, seed, step, self.device, self.total, self.pieces, remembered, layout)
 
     def derivatives(
         self,
@@ -160,10 +167,21 @@ class WeightPerturbation:
         if tangents.stored is not None or first >= tangents.drawn:
             dual = DualTensor(p, tangents.draw(piece, dtype or p.dtype, first, count))
         elif (factors := tangents.factors(piece, dtype or p.dtype, first, count)) is not None:
-            dual = DualTensor.sampled_from(p, replace(factors, offset=piece.offset, touched=touched))
+            dual = DualTensor.sampled_from(p, replace(factors, touched=touched))
         else:
-            base = tangents.distribution.base
-            sampled = SampledTangents(tangents.state, count, first, piece.offset, base, grams, touched, dtype, whole=tangents.k)
+            base, drawn = tangents.distribution.base, tangents.in_full(piece, dtype or p.dtype, first, count)
+            sampled = SampledTangents(
+                tangents.state,
+                count,
+                first,
+                piece.offset,
+                base,
+                grams if drawn is None else None,  # else they have theirs
+                touched,
+                dtype,
+                whole=tangents.k,
+                drawn=drawn,
+            )
             dual = DualTensor.sampled_from(p, sampled)
         dual.stops_padding = True
         return dual

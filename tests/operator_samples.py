@@ -44,6 +44,13 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
     ],
     "tangent_gram": lambda dtype: [dict(state=_state(), k=3, numel=70, offset=5, first=0, distribution=0)],
     "gram": lambda dtype: [dict(tangents=_rand(3, 70, dtype=dtype)), dict(tangents=_rand(70, 3, dtype=dtype).T)],
+    "sample_blocks": lambda dtype: [
+        dict(state=_state(), k=3, numels=[70, 0, 5], offsets=[5, 9, 300], first=1, distribution=d, dtype=dtype) for d in (0, 1)
+    ],
+    "gram_blocks": lambda dtype: [
+        dict(blocks=_rand(3 * 75, dtype=dtype), k=3, numels=[70, 0, 5]),
+        dict(blocks=_rand(2 * 3 * 75, dtype=dtype)[::2], k=3, numels=[70, 5]),
+    ],
     "tangent_combine": lambda dtype: [
         dict(state=_state(), coefficients=_rand(3, dtype=dtype), numel=70, offset=5, first=1, distribution=0, dtype=dtype)
     ],

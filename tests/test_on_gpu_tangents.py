@@ -259,3 +259,17 @@ def test_bad_input_says_what_the_cpu_says(call, message):
     state, c = torch.tensor([1, 0], device=DEVICE), torch.ones(1, device=DEVICE)
     with pytest.raises(RuntimeError, match=message):
         call(state, c)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_blocks_are_those_of_single_calls(distribution):
+    numels, offsets = [7, 1025, 0, 100_003], [5, 1021, 9, 2**40]
+    state = state_for(distribution, 6, 1025, 1021).to(DEVICE)
+    for k, dtype in [(1, torch.float32), (5, torch.float32), (3, torch.float64), (3, torch.bfloat16)]:
+        options = dict(first=1, distribution=distribution, dtype=dtype)
+        drawn = ops.sample_blocks(state, k, numels, offsets, **options)
+        grams = ops.gram_blocks(drawn, k, numels)
+        blocks = drawn.split([k * n for n in numels])
+        for block, gram, n, at in zip(blocks, grams, numels, offsets, strict=True):
+            assert torch.equal(block.view(k, n), ops.sample_tangents(state, k, n, offset=at, **options))
+            assert torch.equal(gram, ops.gram(block.view(k, n)))

@@ -63,7 +63,7 @@ inline EmbeddingSizes check_embedding(const char* op, const EmbeddingArguments& 
 
 /// `t` itself where its rows lie densely, else a dense copy.
 inline Tensor with_dense_rows(const Tensor& t) {
-  return t.numel() == 0 || t.size(-1) == 1 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+  return t.numel() == 0 || t.size(-1) == 1 || t.stride(t.dim() - 1) == 1 ? t : as_contiguous(t);
 }
 
 }  // namespace frog

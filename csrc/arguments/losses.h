@@ -40,7 +40,7 @@ inline Tensor broadcast(const char* op, const char* name, const Tensor& t, const
   check_dtype(op, name, t, like.scalar_type());
   const std::vector<int64_t> shape = shape_of(like);
   std::vector<int64_t> strides(shape.size(), 0);
-  const Tensor dense = torch::stable::contiguous(t);
+  const Tensor dense = as_contiguous(t);
   const int64_t extra = like.dim() - t.dim();
   bool fits = extra >= 0;
   int64_t stride = 1;
@@ -51,7 +51,7 @@ inline Tensor broadcast(const char* op, const char* name, const Tensor& t, const
   }
   STD_TORCH_CHECK(fits, op, ": ", name, " has shape ", shape_string(t), ", expected one that broadcasts to ",
                   shape_string(like));
-  return torch::stable::contiguous(as_strided(dense, shape, strides, dense.storage_offset()));
+  return as_contiguous(as_strided(dense, shape, strides, dense.storage_offset()));
 }
 
 }  // namespace frog

@@ -86,6 +86,33 @@ inline void check_sgd(const char* op, const Tensor& self, const std::optional<Te
                   ": buffer and self are the same memory; expected a buffer of its own");
 }
 
+/// Elements of all blocks [k, numels[b]], one behind the other.
+inline int64_t check_numels(const char* op, int64_t k, const std::vector<int64_t>& numels) {
+  check_k(op, k);
+  int64_t total = 0;
+  for (size_t b = 0; b < numels.size(); ++b) {
+    const int64_t numel = numels[b];
+    STD_TORCH_CHECK(numel >= 0 && numel <= (INT64_MAX - total) / k, op, ": numels[", b, "] is ", numel,
+                    "; expected at least 0, and below 2^63 elements in all");
+    total += k * numel;
+  }
+  return total;
+}
+
+/// The same, for blocks that begin at offsets[b] of the global tangent vector.
+inline int64_t check_ranges(const char* op, int64_t k, const std::vector<int64_t>& numels,
+                            const std::vector<int64_t>& offsets) {
+  STD_TORCH_CHECK(numels.size() == offsets.size(), op, ": offsets has ", offsets.size(), " elements, expected ",
+                  numels.size(), ", one for each of numels");
+  for (size_t b = 0; b < numels.size(); ++b) check_range(op, numels[b], offsets[b], "an offset");
+  return check_numels(op, k, numels);
+}
+
+inline void check_gram_blocks(const char* op, const Tensor& blocks, int64_t k, const std::vector<int64_t>& numels) {
+  check_floating(op, "blocks", blocks);
+  check_shape(op, "blocks", blocks, {check_numels(op, k, numels)});
+}
+
 inline void check_gram(const char* op, const Tensor& tangents) {
   check_floating(op, "tangents", tangents);
   STD_TORCH_CHECK(tangents.dim() == 2, op, ": tangents has shape ", shape_string(tangents), ", expected (k, n)");

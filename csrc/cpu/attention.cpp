@@ -328,7 +328,7 @@ void run(const Problem<T>& p) {
 // In the compute type, or bfloat16 as it is where that is float; its last axis dense.
 Tensor prepare(const Tensor& t, ScalarType compute) {
   const Tensor converted = reads_low(t.scalar_type(), compute) ? t : to_dtype(t, compute);
-  return converted.stride(converted.dim() - 1) == 1 ? converted : torch::stable::contiguous(converted);
+  return converted.stride(converted.dim() - 1) == 1 ? converted : as_contiguous(converted);
 }
 
 std::optional<Tensor> prepare(const std::optional<Tensor>& t, ScalarType compute) {

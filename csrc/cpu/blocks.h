@@ -141,7 +141,7 @@ inline std::optional<Tensor> dense_tangents(const char* op, const char* name, co
   check_cpu(op, name, *t);
   check_floating(op, name, *t);
   check_tangents(op, name, *t, primal);
-  return torch::stable::contiguous(*t);
+  return as_contiguous(*t);
 }
 
 /// Tangents [k, *s], `s` a suffix of `shape`, as dense [k, period]; short ones are repeated where `shape` is longer, so
@@ -153,12 +153,11 @@ inline Tensor dense_activity(const char* op, const char* name, const Tensor& act
   check_repeated(op, name, activity, shape, k);
   int64_t numel = 1;
   for (const int64_t size : shape) numel *= size;
-  const Tensor dense = torch::stable::contiguous(activity);
+  const Tensor dense = as_contiguous(activity);
   *period = std::max<int64_t>(1, dense.numel() / k);
   if (*period >= kShortestRow || *period >= numel) return dense;
   const int64_t repeats = kShortestRow / *period + 1;
-  const Tensor rows =
-      torch::stable::contiguous(as_strided(dense, {k, repeats, *period}, {*period, 0, 1}, dense.storage_offset()));
+  const Tensor rows = as_contiguous(as_strided(dense, {k, repeats, *period}, {*period, 0, 1}, dense.storage_offset()));
   *period *= repeats;
   return rows;
 }

@@ -38,7 +38,7 @@ int64_t fewest_images(const Tensor& x, const Tensor& weight, const ConvolutionOp
 using Convolve = Tensor (*)(const Tensor&, const Tensor&, const ConvolutionOptions&);
 
 Tensor convolve(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
-  return torch::stable::contiguous(
+  return as_contiguous(
       convolution(x, weight, std::nullopt, o.stride, o.padding, o.dilation, o.transposed, o.output_padding, o.groups));
 }
 
@@ -144,7 +144,7 @@ bool small_images(const Tensor& x, const Tensor& weight, const ConvolutionOption
 
 // y = conv(x, weight) for small images
 void convolve_small(const Tensor& x, const Tensor& weight_, const ConvolutionOptions& o, Tensor& y) {
-  const Tensor weight = torch::stable::contiguous(weight_);
+  const Tensor weight = as_contiguous(weight_);
   const ConvolutionSizes s = sizes_of(x, weight, o);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -167,8 +167,8 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
   check_cpu(kOp, "weight", weight);
   const ConvolutionOptions options{stride, padding, dilation, transposed, output_padding, groups};
   check_convolution(kOp, x_, dx_, weight, options);
-  const Tensor dx = torch::stable::contiguous(dx_);
-  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor dx = as_contiguous(dx_);
+  const Tensor x = as_contiguous(x_);
   const int64_t k = dx.size(0), batch = x.size(0);
   const std::vector<int64_t> shape = convolved_shape(x, weight, options);
   int64_t numel = 1;
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
   if (bias) {
     check_cpu(kOp, "bias", *bias);
     check_convolution_bias(kOp, *bias, x, shape[1]);
-    const Tensor dense = torch::stable::contiguous(*bias);
+    const Tensor dense = as_contiguous(*bias);
     dispatch_floating(kOp, x.scalar_type(), [&](auto zero) { add_bias<decltype(zero)>(y, dense); });
   }
   return {y, dy};
@@ -308,8 +308,8 @@ Tensor narrow_convolution(const Tensor& x_, const Tensor& weight, std::vector<in
   check_cpu(op, "weight", weight);
   const ConvolutionSizes s = check_narrow_convolution(op, x_, weight, stride, padding, dilation);
   const ScalarType compute = x_.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor x = torch::stable::contiguous(to_dtype(x_, compute));
-  const Tensor w = torch::stable::contiguous(to_dtype(weight, compute));
+  const Tensor x = as_contiguous(to_dtype(x_, compute));
+  const Tensor w = as_contiguous(to_dtype(weight, compute));
   Tensor y = new_tensor(x, s.y_shape, compute);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -369,14 +369,14 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
   dispatch_floating(op, x_.scalar_type(), [&](auto zero) {
     using E = decltype(zero);
     using T = typename ComputeOf<E>::type;
-    Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
+    Tensor target = as_contiguous(self);  // self itself where it is contiguous
     if (has_tile<T>()) {
       const ScalarType compute = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-      const Tensor x = torch::stable::contiguous(to_dtype(x_, compute));
+      const Tensor x = as_contiguous(to_dtype(x_, compute));
       direct::convolve(s, direct::Drawn{spec, offset, self.size(0)}, static_cast<const T*>(x.const_data_ptr()), add,
                        static_cast<E*>(target.mutable_data_ptr()));
     } else {
-      sampled_by_library<E>(target, torch::stable::contiguous(x_), state, kernel, o, offset, first, distribution, add);
+      sampled_by_library<E>(target, as_contiguous(x_), state, kernel, o, offset, first, distribution, add);
     }
     if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
   });

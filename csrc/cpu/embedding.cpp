@@ -18,7 +18,7 @@ int64_t grain_of(int64_t elements) { return std::max<int64_t>(1, kWork / std::ma
 
 /// int64 [places], each checked.
 Tensor checked_indices(const Tensor& indices, int64_t rows) {
-  const Tensor dense = torch::stable::contiguous(to_dtype(indices, ScalarType::Long));
+  const Tensor dense = as_contiguous(to_dtype(indices, ScalarType::Long));
   const int64_t* values = static_cast<const int64_t*>(dense.const_data_ptr());
   for (int64_t p = 0; p < dense.numel(); ++p) {
     STD_TORCH_CHECK(values[p] >= 0 && values[p] < rows, kOp, ": indices holds ", values[p], " at place ", p,

@@ -251,7 +251,7 @@ Tensor low_product(const Arguments& a, const Tensor& dx, const Addends<float>& a
   const int64_t rows = a.k * a.rows;
   Tensor dy = new_tensor(dx, {rows, a.out}, ScalarType::BFloat16);
   const Tensor wt = torch::stable::transpose(to_dtype(a.weight, ScalarType::BFloat16), 0, 1);
-  mm_out(dy, torch::stable::view(torch::stable::contiguous(dx), {rows, a.in}), wt);
+  mm_out(dy, torch::stable::view(as_contiguous(dx), {rows, a.in}), wt);
   if (!addends.dbias && !addends.activity) return dy;
   const Source<float> products(dy);
   const Sink<float> sums(dy);
@@ -271,7 +271,7 @@ Tensor low_product(const Arguments& a, const Tensor& dx, const Addends<float>& a
 // The same in float32. W is packed anew for each of the stretches, which are therefore not short.
 Tensor widened_product(const Arguments& a, const Tensor& dx_, const Addends<float>& addends) {
   const int64_t rows = a.k * a.rows, in = a.in, out = a.out;
-  const Tensor dx = torch::stable::contiguous(dx_);
+  const Tensor dx = as_contiguous(dx_);
   Tensor dy = new_tensor(dx, {rows, out}, ScalarType::BFloat16);
   const uint16_t* from = static_cast<const uint16_t*>(dx.const_data_ptr());
   uint16_t* to = static_cast<uint16_t*>(dy.mutable_data_ptr());
@@ -339,7 +339,7 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
   if (a.dweight) {
     const Tensor x_k = as_strided(a.x, {k, rows, in}, {0, in, 1}, a.x.storage_offset());
     const Tensor product = torch::stable::matmul(x_k, torch::stable::transpose(*a.dweight, 1, 2));  // [k, rows, out]
-    const Tensor dense = torch::stable::contiguous(product);
+    const Tensor dense = as_contiguous(product);
     const T* add = static_cast<const T*>(dense.const_data_ptr());
     torch::stable::parallel_for(0, k * rows * out, 32768, [&](int64_t from, int64_t to) {
       for (int64_t j = from; j < to; ++j) dy[j] = (fresh ? T(0) : dy[j]) + add[j];
@@ -351,7 +351,7 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
 
 std::optional<Tensor> prepare(const std::optional<Tensor>& t, ScalarType compute) {
   if (!t) return std::nullopt;
-  return torch::stable::contiguous(to_dtype(*t, compute));
+  return as_contiguous(to_dtype(*t, compute));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::optional<Tensor>& dx, const Tensor& weight,
@@ -450,7 +450,7 @@ Tensor linear_gradient(const Tensor& gradient, const Tensor& x) {
   const auto few = [&](auto zero) {
     using T = decltype(zero);
     if (rows > kFewRows || panel_width<T>() == vector_width<T>()) return false;
-    const Tensor g = torch::stable::contiguous(gradient), f = torch::stable::contiguous(x);
+    const Tensor g = as_contiguous(gradient), f = as_contiguous(x);
     outer_product(static_cast<const T*>(g.const_data_ptr()), static_cast<const T*>(f.const_data_ptr()), rows, g.size(1),
                   f.size(1), static_cast<T*>(out.mutable_data_ptr()));
     return true;

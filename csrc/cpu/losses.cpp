@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor
   check_cpu(op, "target", target_);
   check_classes(op, target_, rows, label_smoothing);
   check_reduction(op, reduction);
-  const Tensor target = torch::stable::contiguous(target_);
+  const Tensor target = as_contiguous(target_);
   const int64_t* t = static_cast<const int64_t*>(target.const_data_ptr());
   for (int64_t r = 0; r < rows; ++r) {
     STD_TORCH_CHECK(t[r] == ignore_index || (t[r] >= 0 && t[r] < classes), op, ": target[", r, "] is ", t[r],
@@ -114,9 +114,9 @@ std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits_, const Tensor
   if (weight_) {
     check_cpu(op, "weight", *weight_);
     check_class_weight(op, *weight_, logits_);
-    weight = torch::stable::contiguous(*weight_);
+    weight = as_contiguous(*weight_);
   }
-  const Tensor logits = torch::stable::contiguous(logits_);
+  const Tensor logits = as_contiguous(logits_);
   const bool each = reduction == kNoReduction;
   Tensor loss = new_tensor(logits, each ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, logits.scalar_type());
   Tensor dloss =
@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor> mse_jvp(const Tensor& input, const std::optional<Tens
   check_cpu(op, "target", target);
   check_target(op, target, input);
   STD_TORCH_CHECK(dinput || dtarget, op, ": dinput and dtarget are both None; at least one must be given");
-  const Tensor x = torch::stable::contiguous(input), t = torch::stable::contiguous(target);
+  const Tensor x = as_contiguous(input), t = as_contiguous(target);
   const std::optional<Tensor> dx = dense_tangents(op, "dinput", dinput, input);
   const std::optional<Tensor> dt = dense_tangents(op, "dtarget", dtarget, target);
   const Tensor& given = dx ? *dx : *dt;
@@ -296,7 +296,7 @@ std::tuple<Tensor, Tensor> bce_jvp(const Tensor& input, const Tensor& dinput, co
   check_cpu(op, "target", target);
   check_target(op, target, input);
   STD_TORCH_CHECK(with_logits || !pos_weight_, op, ": pos_weight is given; it is accepted only with_logits");
-  const Tensor x = torch::stable::contiguous(input), t = torch::stable::contiguous(target);
+  const Tensor x = as_contiguous(input), t = as_contiguous(target);
   const Tensor dx = *dense_tangents(op, "dinput", dinput, input);
   std::optional<Tensor> weight, pos_weight;
   if (weight_) {

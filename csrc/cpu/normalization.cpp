@@ -55,7 +55,7 @@ std::optional<Tensor> prepare(const char* name, const std::optional<Tensor>& t, 
   check_cpu(kOp, name, *t);
   check_floating(kOp, name, *t);
   check_shape(kOp, name, *t, expected);
-  return torch::stable::contiguous(to_dtype(*t, compute));
+  return as_contiguous(to_dtype(*t, compute));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalization_jvp(

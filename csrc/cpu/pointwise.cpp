@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> pointwise_jvp(const Tensor& x_, const std::optional<T
   int64_t period = 1;
   std::optional<Tensor> activity;
   if (activity_) activity = dense_activity(kOp, "activity", *activity_, shape_of(x_), k, &period);
-  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor x = as_contiguous(x_);
   auto [y, dy] = new_dual(x, shape_of(x), k, x.scalar_type(), given.scalar_type());
   const auto go = [&, &y = y, &dy = dy](auto zero) {
     using C = decltype(zero);

@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> max_pool_jvp(const Tensor& x_, const Tensor& 
   check_cpu(kOp, "x", x_);
   check_cpu(kOp, "dx", dx_);
   const PoolSizes s = check_max_pool(kOp, x_, dx_, kernel, stride, padding, dilation, ceil_mode);
-  const Tensor x = torch::stable::contiguous(x_), dx = torch::stable::contiguous(dx_);
+  const Tensor x = as_contiguous(x_), dx = as_contiguous(dx_);
   auto [y, dy] = new_dual(x, s.y_shape, dx.size(0), x.scalar_type(), dx.scalar_type());
   Tensor indices = new_tensor(x, want_indices ? s.y_shape : std::vector<int64_t>{0}, ScalarType::Long);
   int64_t* places = want_indices ? static_cast<int64_t*>(indices.mutable_data_ptr()) : nullptr;

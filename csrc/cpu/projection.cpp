@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor> cholesky_project(const Tensor& gram, const Tensor& de
   const bool batched = gram.dim() == 3;
   const int64_t b = batched ? gram.size(0) : 1, k = gram.size(-1), r = derivatives.size(-1);
   // a copy: it becomes the factor
-  Tensor work = torch::stable::clone(torch::stable::contiguous(to_dtype(gram, ScalarType::Double)));  // [b, k, k]
-  const Tensor d = torch::stable::contiguous(to_dtype(derivatives, ScalarType::Double));              // [b, k, r]
+  Tensor work = torch::stable::clone(as_contiguous(to_dtype(gram, ScalarType::Double)));  // [b, k, k]
+  const Tensor d = as_contiguous(to_dtype(derivatives, ScalarType::Double));              // [b, k, r]
   double* g = static_cast<double*>(work.mutable_data_ptr());
   for (int64_t i = 0; i < b * k; ++i) {
     const double* row = g + i * k;

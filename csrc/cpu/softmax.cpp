@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> softmax_of(const char* op, bool log, const Tensor& x_
   check_floating(op, "x", x_);
   const Tensor dx = *dense_tangents(op, "dx", dx_, x_);
   const auto [outer, classes, inner] = check_softmax(op, x_, dim);
-  const Tensor x = torch::stable::contiguous(x_);
+  const Tensor x = as_contiguous(x_);
   const int64_t k = dx.size(0);
   auto [y, dy] = new_dual(x, shape_of(x), k, x.scalar_type(), dx.scalar_type());
   const auto go = [&, &y = y, &dy = dy, outer = outer, classes = classes, inner = inner](auto zero) {

@@ -58,11 +58,11 @@ Tensor tangent_sum(const Tensor& a_, const std::optional<Tensor>& va_, const std
   const std::vector<int64_t> shape = check_sum(kOp, a_, va_, b_, vb_), whole = shape_of(a_);
   const int64_t k = a_.size(0);
   std::optional<Tensor> b, va, vb;
-  if (b_) b = torch::stable::contiguous(*b_);
+  if (b_) b = as_contiguous(*b_);
   int64_t a_period = 1, b_period = 1;
   if (va_) va = dense_activity(kOp, "va", *va_, shape, k, &a_period);
   if (vb_) vb = dense_activity(kOp, "vb", *vb_, shape, k, &b_period);
-  const Tensor a = torch::stable::contiguous(a_);
+  const Tensor a = as_contiguous(a_);
   Tensor out = new_tensor(a, whole, a.scalar_type());
   const auto go = [&](auto zero) {
     using C = decltype(zero);

@@ -13,6 +13,22 @@ constexpr int64_t kGramParts = 64;
 constexpr int64_t kGramScratch = 128 * 1024;
 constexpr int64_t kGramWork = 65536;  // multiplications, drawing counted as 8 a tangent, that are worth a thread
 
+// out [k, *] with row stride ld: elements start .. start + count of the tangents
+template <class T>
+void draw_as(const DrawSpec& spec, int64_t k, int64_t start, int64_t count, T* out, int64_t ld) {
+  if constexpr (std::is_same_v<T, typename ComputeOf<T>::type>) {
+    draw(spec, k, start, count, out, ld);
+  } else {
+    std::vector<float> drawn(count);
+    for (int64_t i = 0; i < k; ++i) {
+      DrawSpec one = spec;
+      one.first += i;
+      draw(one, 1, start, count, drawn.data(), count);
+      for (int64_t j = 0; j < count; ++j) out[i * ld + j] = static_cast<T>(drawn[j]);
+    }
+  }
+}
+
 Tensor sample_tangents(const Tensor& state, int64_t k, int64_t numel, int64_t offset, int64_t first,
                        int64_t distribution, ScalarType dtype) {
   const char* op = "sample_tangents";
@@ -23,27 +39,55 @@ Tensor sample_tangents(const Tensor& state, int64_t k, int64_t numel, int64_t of
   dispatch_floating(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     T* data = static_cast<T*>(out.mutable_data_ptr());
-    for_each_chunk(offset, numel, k, [&](int64_t start, int64_t count) {
-      if constexpr (std::is_same_v<T, typename ComputeOf<T>::type>) {
-        draw(spec, k, start, count, data + start - offset, numel);
-      } else {
-        std::vector<float> drawn(kDrawChunk);
-        for (int64_t i = 0; i < k; ++i) {
-          DrawSpec one = spec;
-          one.first += i;
-          draw(one, 1, start, count, drawn.data(), kDrawChunk);
-          for (int64_t j = 0; j < count; ++j) data[i * numel + start - offset + j] = static_cast<T>(drawn[j]);
-        }
-      }
-    });
+    for_each_chunk(offset, numel, k,
+                   [&](int64_t start, int64_t count) { draw_as(spec, k, start, count, data + start - offset, numel); });
   });
   return out;
 }
 
-// Sums body(start, count, partial [k, k]) over [begin, begin + n) cut into kGramParts parts at multiples of `align`.
+// A part of a block that one thread draws
+struct Chunk {
+  size_t block;
+  int64_t start, count;
+};
+
+Tensor sample_blocks(const Tensor& state, int64_t k, std::vector<int64_t> numels, std::vector<int64_t> offsets,
+                     int64_t first, int64_t distribution, ScalarType dtype) {
+  const char* op = "sample_blocks";
+  const DrawSpec spec = draw_spec(op, state, k, first, distribution);
+  const int64_t total = check_ranges(op, k, numels, offsets);
+  check_drawn_dtype(op, dtype);
+  Tensor out = new_tensor(state, {total}, dtype);  // of each block [k, numel]
+  std::vector<int64_t> begins;
+  std::vector<Chunk> chunks;
+  for (int64_t b = 0, begin = 0; b < static_cast<int64_t>(numels.size()); begin += k * numels[b++]) {
+    const int64_t end = offsets[b] + numels[b];
+    begins.push_back(begin);
+    for (int64_t start = offsets[b], next; start < end; start = next) {
+      next = std::min(end, (start / kDrawChunk + 1) * kDrawChunk);
+      chunks.push_back({static_cast<size_t>(b), start, next - start});
+    }
+  }
+  const int64_t count = static_cast<int64_t>(chunks.size()), each = total / std::max<int64_t>(1, count);
+  dispatch_floating(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* data = static_cast<T*>(out.mutable_data_ptr());
+    torch::stable::parallel_for(
+        0, count, std::max<int64_t>(1, kWork / std::max<int64_t>(1, each)), [&](int64_t from, int64_t to) {
+          for (int64_t c = from; c < to; ++c) {
+            const Chunk& chunk = chunks[c];
+            T* block = data + begins[chunk.block];
+            draw_as(spec, k, chunk.start, chunk.count, block + chunk.start - offsets[chunk.block], numels[chunk.block]);
+          }
+        });
+  });
+  return out;
+}
+
+// out [k, k]: body(start, count, partial [k, k]) summed over [begin, begin + n) cut into kGramParts parts at multiples
+// of `align`.
 template <class Body>
-Tensor gram_in_parts(const Tensor& like, int64_t k, int64_t begin, int64_t n, int64_t align, const Body& body) {
-  Tensor out = new_tensor(like, {k, k}, ScalarType::Double);
+void gram_in_parts(int64_t k, int64_t begin, int64_t n, int64_t align, double* out, const Body& body) {
   const int64_t end = begin + n;
   const int64_t low = begin / align, high = (end + align - 1) / align;  // in units of align
   const int64_t parts = std::max<int64_t>(1, std::min(kGramParts, high - low));
@@ -56,8 +100,7 @@ Tensor gram_in_parts(const Tensor& like, int64_t k, int64_t begin, int64_t n, in
       if (from < to) body(from, to - from, partials.data() + p * k * k);
     }
   });
-  finish_gram(partials, parts, k, static_cast<double*>(out.mutable_data_ptr()));
-  return out;
+  finish_gram(partials, parts, k, out);
 }
 
 // Of normal tangents; their products need double.
@@ -88,11 +131,35 @@ Tensor tangent_gram(const Tensor& state, int64_t k, int64_t numel, int64_t offse
     }
     return out;
   }
-  return gram_in_parts(state, k, offset, numel, kRademacherGroup, [&](int64_t start, int64_t count, double* partial) {
-    if (distribution == kRademacher) {
-      gram_of_signs(spec, k, start, count, partial);
+  Tensor out = new_tensor(state, {k, k}, ScalarType::Double);
+  gram_in_parts(k, offset, numel, kRademacherGroup, static_cast<double*>(out.mutable_data_ptr()),
+                [&](int64_t start, int64_t count, double* partial) {
+                  if (distribution == kRademacher) {
+                    gram_of_signs(spec, k, start, count, partial);
+                  } else {
+                    drawn_gram(spec, k, start, count, partial);
+                  }
+                });
+  return out;
+}
+
+// out [k, k] of data [k, n]
+template <class T>
+void gram_of_rows(const T* data, int64_t k, int64_t n, double* out) {
+  gram_in_parts(k, 0, n, kNormalGroup, out, [&](int64_t start, int64_t count, double* partial) {
+    if constexpr (std::is_same_v<T, double>) {
+      gram(data + start, k, count, n, partial);
     } else {
-      drawn_gram(spec, k, start, count, partial);
+      const int64_t fitting = std::max<int64_t>(64, kGramScratch / (k * static_cast<int64_t>(sizeof(double))));
+      const int64_t block = std::min(fitting, count);
+      Scratch<double> wide(k * block);
+      for (int64_t at = start; at < start + count; at += block) {
+        const int64_t m = std::min(block, start + count - at);
+        for (int64_t i = 0; i < k; ++i) {
+          for (int64_t j = 0; j < m; ++j) wide.data()[i * block + j] = static_cast<double>(data[i * n + at + j]);
+        }
+        gram(wide.data(), k, m, block, partial);
+      }
     }
   });
 }
@@ -102,28 +169,29 @@ Tensor gram_of(const Tensor& tangents_) {
   check_cpu(op, "tangents", tangents_);
   check_gram(op, tangents_);
   const int64_t k = tangents_.size(0), n = tangents_.size(1);
-  simd();                                                        // as in draw_spec
-  const Tensor tangents = torch::stable::contiguous(tangents_);  // [k, n]
-  Tensor out;
+  simd();                                            // as in draw_spec
+  const Tensor tangents = as_contiguous(tangents_);  // [k, n]
+  Tensor out = new_tensor(tangents, {k, k}, ScalarType::Double);
   dispatch_floating(op, tangents.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* data = static_cast<const T*>(tangents.const_data_ptr());
-    out = gram_in_parts(tangents, k, 0, n, kNormalGroup, [&](int64_t start, int64_t count, double* partial) {
-      if constexpr (std::is_same_v<T, double>) {
-        gram(data + start, k, count, n, partial);
-      } else {
-        const int64_t fitting = std::max<int64_t>(64, kGramScratch / (k * static_cast<int64_t>(sizeof(double))));
-        const int64_t block = std::min(fitting, count);
-        Scratch<double> wide(k * block);
-        for (int64_t at = start; at < start + count; at += block) {
-          const int64_t m = std::min(block, start + count - at);
-          for (int64_t i = 0; i < k; ++i) {
-            for (int64_t j = 0; j < m; ++j) wide.data()[i * block + j] = static_cast<double>(data[i * n + at + j]);
-          }
-          gram(wide.data(), k, m, block, partial);
-        }
-      }
-    });
+    gram_of_rows(static_cast<const T*>(tangents.const_data_ptr()), k, n, static_cast<double*>(out.mutable_data_ptr()));
+  });
+  return out;
+}
+
+Tensor gram_blocks(const Tensor& blocks_, int64_t k, std::vector<int64_t> numels) {
+  const char* op = "gram_blocks";
+  check_cpu(op, "blocks", blocks_);
+  check_gram_blocks(op, blocks_, k, numels);
+  simd();
+  const Tensor blocks = as_contiguous(blocks_);
+  const int64_t count = static_cast<int64_t>(numels.size());
+  Tensor out = new_tensor(blocks, {count, k, k}, ScalarType::Double);
+  double* grams = static_cast<double*>(out.mutable_data_ptr());
+  dispatch_floating(op, blocks.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* block = static_cast<const T*>(blocks.const_data_ptr());
+    for (int64_t b = 0; b < count; block += k * numels[b++]) gram_of_rows(block, k, numels[b], grams + b * k * k);
   });
   return out;
 }
@@ -133,7 +201,7 @@ template <class T>
 std::vector<T> read_coefficients(const char* op, const Tensor& coefficients, double alpha) {
   check_cpu(op, "coefficients", coefficients);
   check_coefficients(op, coefficients);
-  const Tensor wide = torch::stable::contiguous(to_dtype(coefficients, ScalarType::Double));
+  const Tensor wide = as_contiguous(to_dtype(coefficients, ScalarType::Double));
   const double* data = static_cast<const double*>(wide.const_data_ptr());
   std::vector<T> values(coefficients.size(0));
   for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<T>(alpha * data[i]);
@@ -193,7 +261,7 @@ Tensor tangent_combine_samples(const Tensor& state, const Tensor& coefficients, 
     using T = decltype(zero);
     using C = typename ComputeOf<T>::type;
     // [B, k], so that those of a sample lie together
-    const Tensor turned = torch::stable::contiguous(
+    const Tensor turned = as_contiguous(
         torch::stable::transpose(to_dtype(to_dtype(coefficients, ScalarType::Double), scalar_type_of<C>()), 0, 1));
     const C* c = static_cast<const C*>(turned.const_data_ptr());
     T* data = static_cast<T*>(out.mutable_data_ptr());
@@ -260,7 +328,7 @@ void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients
   dispatch_floating(op, self.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using C = typename ComputeOf<T>::type;
-    Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
+    Tensor target = as_contiguous(self);  // self itself where it is contiguous
     T* data = static_cast<T*>(target.mutable_data_ptr());
     for_each_sum<T>(op, state, coefficients, alpha, target.numel(), offset, first, distribution,
                     [&](int64_t at, const C* sums, int64_t n) {
@@ -309,9 +377,9 @@ void tangent_sgd_(Tensor& self, std::optional<Tensor> buffer, const Tensor& stat
   dispatch_floating(op, self.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using C = typename ComputeOf<T>::type;
-    Tensor target = torch::stable::contiguous(self);
+    Tensor target = as_contiguous(self);
     std::optional<Tensor> moved;
-    if (buffer) moved = torch::stable::contiguous(*buffer);
+    if (buffer) moved = as_contiguous(*buffer);
     T* data = static_cast<T*>(target.mutable_data_ptr());
     T* kept = moved ? static_cast<T*>(moved->mutable_data_ptr()) : nullptr;
     for_each_sum<T>(
@@ -326,6 +394,8 @@ STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
   m.impl("sample_tangents", TORCH_BOX(&sample_tangents));
   m.impl("tangent_gram", TORCH_BOX(&tangent_gram));
   m.impl("gram", TORCH_BOX(&gram_of));
+  m.impl("sample_blocks", TORCH_BOX(&sample_blocks));
+  m.impl("gram_blocks", TORCH_BOX(&gram_blocks));
   m.impl("tangent_combine", TORCH_BOX(&tangent_combine));
   m.impl("tangent_combine_samples", TORCH_BOX(&tangent_combine_samples));
   m.impl("tangent_axpy_", TORCH_BOX(&tangent_axpy_));

@@ -12,8 +12,7 @@ constexpr const char* kOp = "attention_jvp";
 // order, as they do where heads were split off a projection.
 Tensor prepare(const Tensor& t, ScalarType dtype) {
   const Tensor converted = to_dtype(t, dtype);
-  return converted.size(-1) == 1 || converted.stride(converted.dim() - 1) == 1 ? converted
-                                                                               : torch::stable::contiguous(converted);
+  return converted.size(-1) == 1 || converted.stride(converted.dim() - 1) == 1 ? converted : as_contiguous(converted);
 }
 std::optional<Tensor> prepare(const std::optional<Tensor>& t, ScalarType dtype) {
   return t ? std::optional<Tensor>(prepare(*t, dtype)) : std::nullopt;

@@ -31,14 +31,13 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x, const Tensor& dx, co
   }
   const OnDevice stream(x);
   const auto convolve = [&](const Tensor& input, const std::optional<Tensor>& b) {
-    return torch::stable::contiguous(
-        convolution(input, weight, b, stride, padding, dilation, transposed, output_padding, groups));
+    return as_contiguous(convolution(input, weight, b, stride, padding, dilation, transposed, output_padding, groups));
   };
   const int64_t k = dx.size(0), batch = x.size(0);
   std::vector<int64_t> images = shape_of(x);
   images[0] = k * batch;
   const Tensor y = convolve(x, bias);
-  const Tensor moved = convolve(torch::stable::view(torch::stable::contiguous(dx), images), std::nullopt);
+  const Tensor moved = convolve(torch::stable::view(as_contiguous(dx), images), std::nullopt);
   std::vector<int64_t> shape = shape_of(y);
   shape.insert(shape.begin(), k);
   return {y, torch::stable::view(moved, shape)};
@@ -51,8 +50,7 @@ Tensor narrow_convolution(const Tensor& x, const Tensor& weight, std::vector<int
   check_narrow_convolution(op, x, weight, stride, padding, dilation);
   const OnDevice stream(x);
   const std::vector<int64_t> none(stride.size(), 0);
-  return torch::stable::contiguous(
-      convolution(x, weight, std::nullopt, stride, padding, dilation, false, none, /*groups=*/1));
+  return as_contiguous(convolution(x, weight, std::nullopt, stride, padding, dilation, false, none, /*groups=*/1));
 }
 
 // The three axes of `values`, those of fewer filled up with `missing` in front.
@@ -86,8 +84,8 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
                   "; accepted on a GPU are up to 65535 tangents and fewer than 2^31 elements of an image or a ",
                   "kernel and places of a padded axis");
   const OnDevice stream(self);
-  const Tensor x = torch::stable::contiguous(x_);
-  Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
+  const Tensor x = as_contiguous(x_);
+  Tensor target = as_contiguous(self);  // self itself where it is contiguous
   if (columns == 0 && !add) torch::stable::zero_(target);
   dispatch_floating(op, x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

@@ -20,7 +20,7 @@ inline std::vector<int64_t> tangent_shape(const Tensor& primal, int64_t k) {
   return shape;
 }
 
-inline Tensor dense_as(const Tensor& t, ScalarType dtype) { return torch::stable::contiguous(to_dtype(t, dtype)); }
+inline Tensor dense_as(const Tensor& t, ScalarType dtype) { return as_contiguous(to_dtype(t, dtype)); }
 inline std::optional<Tensor> dense_as(const std::optional<Tensor>& t, ScalarType dtype) {
   if (!t) return std::nullopt;
   return dense_as(*t, dtype);

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> embedding_jvp(const Tensor& indices, const Tensor& we
   const Tensor places = dense_as(indices, ScalarType::Long);
   Tensor y = new_on(weight, s.y_shape, weight.scalar_type()), dy = new_on(weight, s.dy_shape, s.tangents);
   const auto look_up = [&](const Tensor& tables, int64_t count, Tensor& result) {
-    const Tensor dense = torch::stable::contiguous(tables);  // [count, rows, dim]
+    const Tensor dense = as_contiguous(tables);  // [count, rows, dim]
     dispatch_floating(kOp, dense.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       launch_look_up(in<T>(dense), in<int64_t>(places), out<T>(result), count, s.rows, s.dim, s.places, stream);

@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   STD_TORCH_CHECK(k <= kMostTangents, kOp, ": k is ", k, "; accepted on a GPU are up to ", kMostTangents, " tangents");
   const OnDevice stream(x);
   Tensor y = new_on(x, {s.rows, s.out}, x.scalar_type());
-  mm_out(y, torch::stable::view(torch::stable::contiguous(x), {s.rows, s.in}), torch::stable::transpose(weight, 0, 1));
+  mm_out(y, torch::stable::view(as_contiguous(x), {s.rows, s.in}), torch::stable::transpose(weight, 0, 1));
   std::optional<Tensor> dy;
   dispatch_floating(kOp, dx ? dx->scalar_type() : x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -175,7 +175,7 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight) {
   for (size_t j = 0; j + 1 < shape.size(); ++j) rows *= shape[j];
   shape.back() = out_;
   Tensor y = new_on(x, {rows, out_}, x.scalar_type());
-  mm_out(y, torch::stable::view(torch::stable::contiguous(x), {rows, in_}), torch::stable::transpose(weight, 0, 1));
+  mm_out(y, torch::stable::view(as_contiguous(x), {rows, in_}), torch::stable::transpose(weight, 0, 1));
   return torch::stable::view(y, shape);
 }
 

@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> cross_entropy_jvp(const Tensor& logits, const Tensor&
   const KernelTypes types = kernel_types({&logits}, {&dlogits});
   const ScalarType compute = types.primal == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Tensor x = dense_as(logits, types.primal), dx = dense_as(dlogits, types.tangents);
-  const Tensor t = torch::stable::contiguous(target);
+  const Tensor t = as_contiguous(target);
   const std::optional<Tensor> w = dense_as(weight, compute);
   Tensor loss = new_on(logits, {rows}, types.primal), dloss = new_on(logits, {k, rows}, types.tangents);
   const bool each = reduction == kNoReduction;

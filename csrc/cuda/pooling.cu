@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> max_pool_jvp(const Tensor& x_, const Tensor& 
   check_same_device(kOp, "dx", dx_, x_);
   const PoolSizes s = check_max_pool(kOp, x_, dx_, kernel, stride, padding, dilation, ceil_mode);
   const OnDevice stream(x_);
-  const Tensor x = torch::stable::contiguous(x_), dx = torch::stable::contiguous(dx_);
+  const Tensor x = as_contiguous(x_), dx = as_contiguous(dx_);
   Tensor y = new_on(x, s.y_shape, x.scalar_type()), dy = new_on(x, s.dy_shape, dx.scalar_type());
   Tensor indices = new_on(x, want_indices ? s.y_shape : std::vector<int64_t>{0}, ScalarType::Long);
   PoolShape shape{{}, s.planes};

@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor> cholesky_project(const Tensor& gram, const Tensor& de
   const int64_t b = batched ? gram.size(0) : 1, k = gram.size(-1), r = derivatives.size(-1);
   STD_TORCH_CHECK(k <= kMostProjected, op, ": k is ", k, "; accepted on a GPU are up to ", kMostProjected, " tangents");
   const OnDevice stream(gram);
-  const Tensor g = torch::stable::contiguous(to_dtype(gram, ScalarType::Double));         // [b, k, k]
-  const Tensor d = torch::stable::contiguous(to_dtype(derivatives, ScalarType::Double));  // [b, k, r]
+  const Tensor g = as_contiguous(to_dtype(gram, ScalarType::Double));         // [b, k, k]
+  const Tensor d = as_contiguous(to_dtype(derivatives, ScalarType::Double));  // [b, k, r]
   const ProjectionPlan plan = projection_plan(k, shared_memory_of_device());
   Tensor work = new_on(g, {plan.matrix_shared ? 0 : b * k * k}, ScalarType::Double);
   Tensor c = new_on(g, shape_of(derivatives), ScalarType::Double);                                        // [b, k, r]

@@ -28,11 +28,30 @@ Tensor sample_tangents(const Tensor& state, int64_t k, int64_t numel, int64_t of
   return drawn;
 }
 
+Tensor sample_blocks(const Tensor& state, int64_t k, std::vector<int64_t> numels, std::vector<int64_t> offsets,
+                     int64_t first, int64_t distribution, ScalarType dtype) {
+  const char* op = "sample_blocks";
+  check_same_device(op, "state", state, state);
+  check_draw(op, state, k, first, distribution);
+  const int64_t total = check_ranges(op, k, numels, offsets);
+  check_drawn_dtype(op, dtype);
+  const OnDevice stream(state);
+  Tensor drawn = new_on(state, {total}, dtype);  // of each block [k, numel]
+  dispatch_floating(op, dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* block = out<T>(drawn);
+    for (size_t b = 0; b < numels.size(); block += k * numels[b++]) {
+      launch_sample(in<int64_t>(state), block, k, numels[b], offsets[b], first, distribution, stream);
+    }
+  });
+  return drawn;
+}
+
 // result [numel] (+)= alpha V c. The coefficients are read in float64, as the CPU operators do; cholesky_project's are.
 void combine(const char* op, const Tensor& state, const Tensor& coefficients, Tensor& result, int64_t offset,
              int64_t first, int64_t distribution, bool add, double alpha) {
   const OnDevice stream(state);
-  const Tensor c = torch::stable::contiguous(to_dtype(coefficients, ScalarType::Double));  // [k]
+  const Tensor c = as_contiguous(to_dtype(coefficients, ScalarType::Double));  // [k]
   dispatch_floating(op, result.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     launch_combine(in<int64_t>(state), in<double>(c), out<T>(result), c.size(0), result.numel(), offset, first,
@@ -68,8 +87,8 @@ Tensor tangent_combine_samples(const Tensor& state, const Tensor& coefficients, 
                   " samples; fewer than 2^31 are accepted on a GPU");
   const OnDevice stream(state);
   const ScalarType compute = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor c = torch::stable::contiguous(to_dtype(coefficients, compute));  // [k, B]
-  Tensor result = new_on(state, {batch, numel}, dtype);                         // [B, numel]
+  const Tensor c = as_contiguous(to_dtype(coefficients, compute));  // [k, B]
+  Tensor result = new_on(state, {batch, numel}, dtype);             // [B, numel]
   dispatch_floating(op, dtype, [&](auto zero) {
     using T = decltype(zero);
     using C = typename Compute<T>::type;
@@ -90,7 +109,7 @@ void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients
   check_coefficients(op, coefficients);
   check_draw(op, state, coefficients.size(0), first, distribution);
   const OnDevice current(self);
-  Tensor target = torch::stable::contiguous(self);  // self itself where it is contiguous
+  Tensor target = as_contiguous(self);  // self itself where it is contiguous
   combine(op, state, coefficients, target, offset, first, distribution, true, alpha);
   if (target.data_ptr() != self.data_ptr()) torch::stable::copy_(self, target);
 }
@@ -109,10 +128,10 @@ void tangent_sgd_(Tensor& self, std::optional<Tensor> buffer, const Tensor& stat
   check_coefficients(op, coefficients);
   check_draw(op, state, coefficients.size(0), first, distribution);
   const OnDevice stream(self);
-  const Tensor c = torch::stable::contiguous(to_dtype(coefficients, ScalarType::Double));  // [k]
-  Tensor target = torch::stable::contiguous(self);
+  const Tensor c = as_contiguous(to_dtype(coefficients, ScalarType::Double));  // [k]
+  Tensor target = as_contiguous(self);
   std::optional<Tensor> moved;
-  if (buffer) moved = torch::stable::contiguous(*buffer);
+  if (buffer) moved = as_contiguous(*buffer);
   dispatch_floating(op, self.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using C = typename Compute<T>::type;
@@ -127,6 +146,7 @@ void tangent_sgd_(Tensor& self, std::optional<Tensor> buffer, const Tensor& stat
 
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CUDA, m) {
   m.impl("sample_tangents", TORCH_BOX(&sample_tangents));
+  m.impl("sample_blocks", TORCH_BOX(&sample_blocks));
   m.impl("tangent_combine", TORCH_BOX(&tangent_combine));
   m.impl("tangent_combine_samples", TORCH_BOX(&tangent_combine_samples));
   m.impl("tangent_axpy_", TORCH_BOX(&tangent_axpy_));

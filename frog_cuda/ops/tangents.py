@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
@@ -60,6 +62,41 @@ def gram(tangents: Tensor) -> Tensor:
     _guard("gram", tangents)
     with _AutoDispatchBelowAutograd():
         return _ops.gram(tangents)
+
+
+def sample_blocks(
+    state: Tensor,
+    k: int,
+    numels: Sequence[int],
+    offsets: Sequence[int],
+    *,
+    first: int = 0,
+    distribution: str = "normal",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Several draws of :func:`sample_tangents` in one call, for what has many small pieces.
+
+    Arguments:
+        numels, offsets: of each block; block b has the elements ``offsets[b] .. offsets[b] + numels[b]`` of the tangents.
+        state, first, distribution, dtype: as there.
+    Returns:
+        ``(k * sum(numels),)``: the blocks ``(k, numels[b])`` one behind the other, each contiguous.
+    """
+    _guard("sample_blocks", state)
+    code = _code(DISTRIBUTIONS, "distribution", distribution)
+    with _AutoDispatchBelowAutograd():
+        return _ops.sample_blocks(state, k, numels, offsets, first, code, dtype)
+
+
+def gram_blocks(blocks: Tensor, k: int, numels: Sequence[int]) -> Tensor:
+    """Gram matrices of the blocks ``(k, numels[b])`` that lie one behind the other in ``(k * sum(numels),)``.
+
+    Returns:
+        float64 ``(len(numels), k, k)``, each to the bit what :func:`gram` gives.
+    """
+    _guard("gram_blocks", blocks)
+    with _AutoDispatchBelowAutograd():
+        return _ops.gram_blocks(blocks, k, numels)
 
 
 def tangent_combine(

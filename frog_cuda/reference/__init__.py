@@ -22,7 +22,9 @@ from .softmax import log_softmax_jvp, softmax_jvp
 from .sum import tangent_sum
 from .tangents import (
     gram,
+    gram_blocks,
     philox4x32_10,
+    sample_blocks,
     sample_tangents,
     tangent_axpy_,
     tangent_combine,
@@ -40,6 +42,7 @@ __all__ = [
     "cross_entropy_jvp",
     "embedding_jvp",
     "gram",
+    "gram_blocks",
     "linear_gradient",
     "linear_jvp",
     "linear_rows",
@@ -50,6 +53,7 @@ __all__ = [
     "normalization_jvp",
     "philox4x32_10",
     "pointwise_jvp",
+    "sample_blocks",
     "sample_tangents",
     "sampled_convolution_",
     "softmax_jvp",

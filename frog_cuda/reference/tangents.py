@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -111,6 +112,30 @@ def gram(tangents: Tensor) -> Tensor:
     """``V^T V`` of the tangents in the rows of ``(k, n)``: ``(k, k)``."""
     v = tangents.double()
     return v @ v.T
+
+
+def sample_blocks(
+    state: Tensor,
+    k: int,
+    numels: Sequence[int],
+    offsets: Sequence[int],
+    *,
+    first: int = 0,
+    distribution: str = "normal",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Blocks ``(k, numels[b])`` of sampled tangents, one behind the other: float64 ``(k * sum(numels),)``."""
+    drawn = [torch.empty(0, dtype=torch.float64)]
+    for numel, offset in zip(numels, offsets, strict=True):
+        block = sample_tangents(state, k, numel, offset=offset, first=first, distribution=distribution)
+        drawn.append(block.flatten())
+    return torch.cat(drawn)
+
+
+def gram_blocks(blocks: Tensor, k: int, numels: Sequence[int]) -> Tensor:
+    """``V^T V`` of each block ``(k, numels[b])``: ``(len(numels), k, k)``."""
+    parts = zip(blocks.split([k * n for n in numels]), numels, strict=True)
+    return torch.stack([torch.empty(k, k, dtype=torch.float64), *(gram(part.view(k, n)) for part, n in parts)])[1:]
 
 
 def tangent_combine(

@@ -122,11 +122,14 @@ def test_convolutions_with_one_place(size, taps, stride, padding, dilation):
 
 
 def test_one_place_where_it_pays():
-    """Gathering a part of the kernel takes longer than the library's way for few images."""
+    """Gathering a part of the kernel takes as long as the product, but what libraries make of bfloat16 takes longer."""
     w = draw(4, 3, 3, 3)
-    assert one_place((1, 1), w, [1], [1], [1], images=2) is not None
-    assert one_place((2, 2), w, [2], [1], [1], images=2) is None
-    assert one_place((2, 2), w, [2], [1], [1], images=32) is not None
+    for size, stride, padding, cheap in ((1, 1, 1, True), (3, 1, 0, True), (2, 2, 1, False)):
+        x, options = draw(2, 3, size, size), ((stride,) * 2, (padding,) * 2, (1, 1))
+        place = one_place(x.shape[2:], w, *options)
+        assert place is not None and place.is_cheap(w) == cheap
+        assert (convolution._one_place(x, w, None, None, *options) is not None) == cheap
+        assert convolution._one_place(x, w, None, torch.bfloat16, *options) is not None
 
 
 def test_low_precision_tangents_with_one_place():

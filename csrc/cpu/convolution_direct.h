@@ -21,6 +21,7 @@
 namespace frog::direct {
 
 constexpr int64_t kImages = 64;                    // at a time
+constexpr int64_t kTurnedBytes = 4 * 1024 * 1024;  // of more images, in last-level cache
 constexpr int64_t kCopiedBytes = 8 * 1024 * 1024;  // of copied rows and of lists, in last-level cache
 constexpr int64_t kFewestColumns = 512;            // taken together: fewer do not pay for drawing the weight
 constexpr int64_t kDrawnBytes = 512 * 1024;        // of tangents, in second-level cache
@@ -392,8 +393,13 @@ void convolve_some(const ConvolutionSizes& s, const Weight& weight, const T* x, 
 // self [k, images, all filters, *] (+)= conv(x, dW_i), some images after the other
 template <class T, class Weight, class E>
 void convolve(const ConvolutionSizes& s, const Weight& weight, const T* x, bool add, E* self) {
-  for (int64_t first = 0; first < s.images; first += kImages) {
-    convolve_some(s, weight, x, first, std::min(kImages, s.images - first), add, self);
+  int64_t most = kImages;
+  if constexpr (!std::is_same_v<Weight, Drawn>) {  // a weight that comes from memory serves as many as stay in cache
+    const int64_t bytes = s.groups * s.channels * s.inputs() * static_cast<int64_t>(sizeof(T));
+    most = std::max(most, kTurnedBytes / std::max<int64_t>(1, bytes) / kImages * kImages);
+  }
+  for (int64_t first = 0; first < s.images; first += most) {
+    convolve_some(s, weight, x, first, std::min(most, s.images - first), add, self);
   }
 }
 

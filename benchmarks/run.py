@@ -164,13 +164,13 @@ def pieces(options: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """Names and arguments of runs of pytest. A process for each model, so that one that dies, say for lack of memory, takes no
     other's records with it."""
     ks, files = ",".join(map(str, options.k)), {path.stem: str(path) for path in FOLDER.glob("bench_*.py")}
-    gradients, shares, scaling = (files.pop(f"bench_{name}") for name in ("gradients", "shares", "scaling"))
+    models, shares, scaling = (files.pop(f"bench_{name}") for name in ("models", "shares", "scaling"))
     attention = files.pop("bench_attention")
     if "gradients" in options.parts:
         for name in options.models:
-            yield name, [gradients, "--models", name, "--k", ks, "-k", "not test_compiled"]
+            yield name, [models, "--models", name, "--k", ks, "-k", "not test_compiled"]
     for name in options.compile:
-        yield f"torch.compile, {name}", [gradients, "--models", name, "-k", "test_compiled"]
+        yield f"torch.compile, {name}", [models, "--models", name, "-k", "test_compiled"]
     nets = [name for name in options.models if name.startswith("fc")]
     if "shares" in options.parts and nets:
         yield "shares", [shares, "--models", ",".join(nets)]

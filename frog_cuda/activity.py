@@ -28,14 +28,10 @@ from .hooks import Perturb, hooked
 from .layers import Group
 from .local import local_gradient
 from .rerun import Call, Finished, local_gradients, snapshot
-from .segments import Segment, Trace, blocks, grams, joined, sample_grams, side_by_side
+from .segments import AT_ONCE, Segment, Trace, blocks, grams, joined, sample_grams, shared_gram
 from .share import ALONE, Share
 from .tangents import Distribution, LowRank, Piece, StandardBasis, Supplied, TangentSet
 from .weight import Inputs, Step, check_parameters, forget_duals, keeping_modules
-
-#: elements up to which the tangents of all layers are drawn in one call. A layer's part of more than one tangent is not
-#: contiguous, and operators copy it: for few elements less work than calls and Gram matrices layer by layer.
-_DRAWN_AT_ONCE = 1 << 20
 
 
 class ActivityPerturbation:
@@ -141,7 +137,7 @@ class ActivityPerturbation:
         if not (self.shared and self._pieces) or tangents.stored is not None or isinstance(tangents.distribution, LowRank):
             return None
         n = self._pieces[-1].offset + self._pieces[-1].numel
-        if tangents.k * n > _DRAWN_AT_ONCE:
+        if tangents.k * n > AT_ONCE:
             return None
         everything = Piece("", (n,), 0)
         return tangents.draw(everything, step.tangent_dtype or next(iter(self.parameters.values())).dtype)
@@ -236,7 +232,8 @@ class ActivityPerturbation:
             batches = {s.batch for s in segments}
             if self.shared and (per_sample or len(batches) == 1):
                 # Under one derivative for the batch: the same vector once for each row
-                return ops.gram(side_by_side(segments)) * (1 if per_sample else batches.pop() * share.shards)
+                shared = shared_gram(segments, tangents.k)
+                return shared * (1 if per_sample else batches.pop() * share.shards)
             total = torch.zeros((), dtype=torch.float64, device=self.device)
             for s in segments:
                 if per_sample:

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from ._checks import flat
 from .functional import RandomNumbers
 from .layers import Group
 from .rerun import Call
 from .tangents import Piece, TangentSet
+
+#: elements up to which the tangents of all layers are drawn in one call. A layer's part of more than one tangent is not
+#: contiguous, and operators copy it: for few elements less work than calls and Gram matrices layer by layer.
+AT_ONCE = 1 << 20
 
 #: elements of tangents whose Gram matrices are computed at a time
 _GRAM_BLOCK = 1 << 17
@@ -72,13 +77,15 @@ def joined(segment: Segment) -> Tensor:
     return segment.tangents[0]
 
 
-def side_by_side(segments: list[Segment]) -> Tensor:
-    """Base tangents of all segments: (k, n)."""
+def shared_gram(segments: list[Segment], k: int) -> Tensor:
+    """Gram matrix, float64 (k, k), of tangents that all samples share. Neither chunks nor drawing ahead show in the bits."""
+    n = sum(s.piece.numel for s in segments)
+    if k * n > AT_ONCE:  # putting them side by side would take longer than the calls
+        return torch.stack([ops.gram(flat(joined(s))) for s in segments]).sum(0)
     block = segments[0].block
-    if block is not None and all(s.block is block for s in segments):
-        if sum(s.piece.numel for s in segments) == block.shape[1]:
-            return block
-    return torch.cat([flat(joined(s)) for s in segments], 1)
+    if block is not None and block.shape[1] == n and all(s.block is block for s in segments):
+        return ops.gram(block)
+    return ops.gram(torch.cat([flat(joined(s)) for s in segments], 1))
 
 
 def blocks(segment: Segment, k: int) -> Iterator[slice]:

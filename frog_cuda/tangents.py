@@ -203,8 +203,8 @@ class TangentSet:
         count = self.k - first if count is None else count
         key = dtype, first, count
         if key not in self._drawn:
-            for latest in [k for k in self._drawn if k[2] < self.k]:
-                del self._drawn[latest]
+            for other in [o for o in self._drawn if o[2] < self.k and o[1:] != key[1:]]:
+                del self._drawn[other]  # of an earlier chunk
             self._drawn[key] = Drawn(self._layout, self.state, count, first, self.distribution.base, dtype)
         return self._drawn[key]
 

@@ -6,9 +6,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+from helpers import assert_close64
 from torch import nn
 
 import frog_cuda as frog
+from frog_cuda import activity, segments
 from frog_cuda.experiments import models
 from frog_cuda.share import from_limbs, limbs
 
@@ -56,6 +58,31 @@ def test_shared_tangents_of_wide_layers_change_no_bit():
         fg.derivatives(x, target)
         found.append(fg.last.directional_derivatives)
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.skipif(frog.build_info()["simd"] == "baseline", reason="the library multiplies, whose bits tell of rows")
+@pytest.mark.parametrize("at_once", [0, 1 << 20], ids=["many tangents", "few"])
+def test_gram_of_shared_tangents_does_not_tell_of_chunks(at_once, monkeypatch):
+    """Of many it is summed layer by layer; of few it is that of one block, drawn ahead from the second step on."""
+    for module in (activity, segments):
+        monkeypatch.setattr(module, "AT_ONCE", at_once)
+    found = []
+    for chunk in (None, 1, 3):
+        torch.manual_seed(0)
+        model = models.build("lenet5", (3, 16, 16), 10)
+        fg = frog.ForwardGradient(
+            model, nn.CrossEntropyLoss(reduction="none"), k=5, perturb="activity", chunk_size=chunk, seed=3
+        )
+        x, target, grams = torch.randn(4, 3, 16, 16), torch.arange(4), []
+        for _ in range(2):
+            fg.derivatives(x, target)
+            v = torch.cat([s.tangents[0].flatten(1) for s in fg.last.trace.segments], 1) if chunk is None else None
+            grams.append(fg.last.gram)
+            if v is not None:
+                assert_close64(grams[-1], v.double() @ v.double().T)
+        found.append(grams)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_sums_do_not_depend_on_their_order():

@@ -82,7 +82,7 @@ class SampledTangents:
         touched: where given, the offset is added to it when an operation reads the tangents: the parameter takes part.
         dtype: of the tangents; None means the parameter's.
         whole: how many tangents the whole set has; None means k.
-        drawn: the tangents (k, *shape), where they are there anyway; not to be written to.
+        stored: the tangents (k, *shape), where they are there anyway; not to be written to.
     """
 
     state: Tensor
@@ -94,7 +94,7 @@ class SampledTangents:
     touched: set[int] | None = None
     dtype: torch.dtype | None = None
     whole: int | None = None
-    drawn: Tensor | None = None
+    stored: Tensor | None = None
 
 
 _make_wrapper = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
@@ -365,8 +365,8 @@ def draw(primal: Tensor, sampled: SampledTangents | Factors, first: int = 0, cou
     if sampled.touched is not None:
         sampled.touched.add(sampled.offset)
     count = sampled.k if count is None else count
-    if sampled.drawn is not None:
-        return sampled.drawn[first : first + count].clone()
+    if sampled.stored is not None:
+        return sampled.stored[first : first + count].clone()
     flat = ops.sample_tangents(
         sampled.state,
         count,

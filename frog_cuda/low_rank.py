@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +95,7 @@ class Layout:
     """
 
     #: elements of a piece without factors up to which it is drawn beforehand; the tangents of longer ones are never stored
-    LONGEST = 1 << 16
+    LONGEST = 1 << 12
 
     def __init__(self, pieces: Sequence[Piece], r: int) -> None:
         self.r = r
@@ -113,21 +112,28 @@ class Layout:
 
 
 class Drawn:
-    """Tangents of all pieces, drawn together: most are short, and a call for each would take longer than drawing.
+    """Tangents of all matrices and short pieces, drawn together: a call for each would take longer than drawing.
 
     Arguments:
         state, k, first, base, dtype: what :func:`frog_cuda.ops.sample_blocks` draws.
     """
 
-    def __init__(self, layout: Layout, state: Tensor, k: int, first: int, base: str, dtype: torch.dtype) -> None:
-        from . import ops
+    #: elements of the factors' Gram matrices that are there at a time
+    PAIRS = 1 << 20
 
-        how: dict[str, Any] = {"first": first, "distribution": base, "dtype": dtype}
+    def __init__(self, layout: Layout, state: Tensor, k: int, first: int, base: str, dtype: torch.dtype) -> None:
         self.layout, self.k = layout, k
-        self._factors = ops.sample_blocks(state, k, layout.numels, layout.offsets, **how)
-        self._full = ops.sample_blocks(state, k, layout.short_numels, layout.short_offsets, **how)
+        self._sample = functools.partial(ops.sample_blocks, state, k, first=first, distribution=base, dtype=dtype)
+        self._factors = self._sample(layout.numels, layout.offsets)
         self._sides = self._factors.split([k * n for n in layout.numels])
-        self._blocks = self._full.split([k * n for n in layout.short_numels])
+
+    @functools.cached_property
+    def _full(self) -> Tensor:
+        return self._sample(self.layout.short_numels, self.layout.short_offsets)
+
+    @functools.cached_property
+    def _blocks(self) -> tuple[Tensor, ...]:
+        return self._full.split([self.k * n for n in self.layout.short_numels])
 
     def _place(self, piece: Piece) -> int:
         return self.layout.places.get((piece.offset, piece.shape), -1)
@@ -136,6 +142,7 @@ class Drawn:
         """None where it has none."""
         at, count = self._place(piece), len(self.layout.matrices)
         if not 0 <= at < count:
+            assert not factored(piece.shape, self.layout.r), f"{piece} is not in the layout"
             return None
         left, right = (side.view(self.k, self.layout.r, -1) for side in (self._sides[at], self._sides[count + at]))
         return Factors(left, right, piece.shape, piece.offset)
@@ -153,11 +160,20 @@ class Drawn:
     @functools.cached_property
     def _grams(self) -> list[Tensor]:
         """Of factors: sums of products of their Gram matrices, accumulated in float64."""
-        from . import ops
-
         k, r, count = self.k, self.layout.r, len(self.layout.matrices)
-        sides = ops.gram_blocks(self._factors, k * r, self.layout.sides)  # (2 count, k r, k r)
-        pairs = sides[:count].mul_(sides[count:])
-        if r > 1:
-            pairs = pairs.view(-1, k, r, k, r).sum((2, 4)) / r
-        return [*pairs.unbind(), *ops.gram_blocks(self._full, k, self.layout.short_numels).unbind()]
+        found: list[Tensor] = []
+        some = max(1, self.PAIRS // (k * r) ** 2)
+        for first in range(0, count, some):
+            left, right = (self._side_grams(begin + first, min(some, count - first)) for begin in (0, count))
+            pairs = left.mul_(right)
+            if r > 1:
+                pairs = pairs.view(-1, k, r, k, r).sum((2, 4)) / r
+            found.extend(pairs.unbind())
+        return [*found, *ops.gram_blocks(self._full, k, self.layout.short_numels).unbind()]
+
+    def _side_grams(self, first: int, count: int) -> Tensor:
+        """Of factors that lie one behind the other: (count, k r, k r)."""
+        rows, sides = self.k * self.layout.r, self.layout.sides
+        begin = rows * sum(sides[:first])
+        chosen = sides[first : first + count]
+        return ops.gram_blocks(self._factors[begin : begin + rows * sum(chosen)], rows, chosen)

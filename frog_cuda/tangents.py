@@ -124,7 +124,7 @@ class TangentSet:
         if isinstance(distribution, LowRank):
             assert pieces is not None
             self._layout = Layout(pieces, distribution.r) if layout is None else layout
-        self._drawn: dict[tuple[torch.dtype, int, int], Drawn] = {}  # of low rank: of all tangents, and of the latest chunk
+        self._kept: dict[tuple[torch.dtype, int, int], Drawn] = {}  # of low rank: of all tangents, and of the latest chunk
         self.guides: list[Guide] = []
         if n is not None:
             distribution.check(k, n)
@@ -172,6 +172,9 @@ class TangentSet:
         factors = self.factors(piece, dtype, first, count)
         if factors is not None:
             return factors.dense()
+        full = self.in_full(piece, dtype, first, count)
+        if full is not None:
+            return full.clone()
         return self._rows(dtype, first, count, piece.offset, piece.numel).view(count, *piece.shape)
 
     def _rows(self, dtype: torch.dtype, first: int, count: int, start: int, numel: int) -> Tensor:
@@ -202,15 +205,15 @@ class TangentSet:
         assert isinstance(self.distribution, LowRank)
         count = self.k - first if count is None else count
         key = dtype, first, count
-        if key not in self._drawn:
-            for other in [o for o in self._drawn if o[2] < self.k and o[1:] != key[1:]]:
-                del self._drawn[other]  # of an earlier chunk
-            self._drawn[key] = Drawn(self._layout, self.state, count, first, self.distribution.base, dtype)
-        return self._drawn[key]
+        if key not in self._kept:
+            for other in [o for o in self._kept if o[2] < self.k and o[1:] != key[1:]]:
+                del self._kept[other]  # of an earlier chunk
+            self._kept[key] = Drawn(self._layout, self.state, count, first, self.distribution.base, dtype)
+        return self._kept[key]
 
     def forget(self) -> None:
         """Drops what was kept: the state is that of another step now."""
-        self._drawn.clear()
+        self._kept.clear()
 
     def gram(self, piece: Piece) -> Tensor:
         """This piece's share of the Gram matrix: (k, k) float64."""

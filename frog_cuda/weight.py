@@ -44,7 +44,8 @@ class WeightPerturbation:
     """Tangents over all trainable parameters, drawn inside the layers' kernels and replayed for the estimate.
 
     Memory beyond one primal pass with k tangents of its activations: nothing that grows with the parameters, except where a
-    layer has no fused rule (its own tangents, while it runs), for supplied tangents and for vectors that guide.
+    layer has no fused rule (its own tangents, while it runs), for supplied tangents and for vectors that guide; of low-rank
+    tangents the factors, and what is drawn in full where it is short, are kept until the next step.
     """
 
     def __init__(self, model: nn.Module, wanted: Any) -> None:
@@ -169,18 +170,18 @@ class WeightPerturbation:
         elif (factors := tangents.factors(piece, dtype or p.dtype, first, count)) is not None:
             dual = DualTensor.sampled_from(p, replace(factors, touched=touched))
         else:
-            base, drawn = tangents.distribution.base, tangents.in_full(piece, dtype or p.dtype, first, count)
+            base, stored = tangents.distribution.base, tangents.in_full(piece, dtype or p.dtype, first, count)
             sampled = SampledTangents(
                 tangents.state,
                 count,
                 first,
                 piece.offset,
                 base,
-                grams if drawn is None else None,  # else they have theirs
+                grams if stored is None else None,  # else they have theirs
                 touched,
                 dtype,
                 whole=tangents.k,
-                drawn=drawn,
+                stored=stored,
             )
             dual = DualTensor.sampled_from(p, sampled)
         dual.stops_padding = True

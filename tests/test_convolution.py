@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_close32, assert_close64
 
+import frog_cuda as frog
 from frog_cuda import ops, reference
 
 K = 3
@@ -147,6 +149,44 @@ SMALL = {
     "1d": ((6, 16, 2), (18, 16, 5), [1], [2], [1], 1),
     "3d": ((4, 16, 2, 2, 2), (20, 16, 3, 3, 3), [1] * 3, [1] * 3, [1] * 3, 1),
 }
+
+
+@pytest.mark.skipif(frog.build_info()["simd"] == "baseline", reason="the library multiplies")
+@pytest.mark.parametrize(
+    "x_shape, w_shape, direct",
+    [
+        ((4, 16, 2, 2), (16, 16, 3, 3), True),
+        ((3, 16, 2, 2), (16, 16, 3, 3), False),  # few images
+        ((4, 15, 2, 2), (16, 15, 3, 3), False),  # few channels
+        ((4, 16, 2, 2), (15, 16, 3, 3), False),  # few filters
+        ((4, 16, 3, 3), (16, 16, 3, 3), False),  # seven places in nine of each axis
+    ],
+)
+def test_which_images_are_small(x_shape, w_shape, direct):
+    x, dx = neighbours(1, x_shape, torch.float32)
+    w = draw(*w_shape, dtype=torch.float32)
+    with torch.profiler.profile() as profile:
+        ops.convolution_jvp(x, dx, w, stride=[1, 1], padding=[1, 1], dilation=[1, 1], output_padding=[0, 0])
+    assert any(e.key == "aten::convolution" for e in profile.key_averages()) != direct
+
+
+def test_small_images_of_any_number_have_the_same_bits():
+    """They are taken 128 at a time where there are 2048 channels."""
+    x, dx = neighbours(1, (96, 2048, 2, 2), torch.float32)
+    w, options = draw(17, 2048, 3, 3, dtype=torch.float32), dict(stride=[1, 1], padding=[1, 1], dilation=[1, 1])
+    y, dy = ops.convolution_jvp(x, dx, w, output_padding=[0, 0], **options)
+    for at in (0, 30, 92):
+        some, moved = ops.convolution_jvp(x[at : at + 4], dx[:, at : at + 4], w, output_padding=[0, 0], **options)
+        assert torch.equal(some, y[at : at + 4]) and torch.equal(moved, dy[:, at : at + 4])
+
+
+def test_images_without_places_are_refused_as_by_pytorch():
+    x, w = torch.zeros(4, 16, 0, 2), torch.zeros(16, 16, 3, 3)
+    with pytest.raises(RuntimeError):
+        F.conv2d(x, w, None, 1, 2)
+    with pytest.raises(RuntimeError):
+        options = dict(stride=[1, 1], padding=[2, 2], dilation=[1, 1], output_padding=[0, 0])
+        ops.convolution_jvp(x, torch.zeros(2, 4, 16, 0, 2), w, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -10,9 +10,9 @@ from helpers import assert_close64, relative_error
 from torch import nn
 
 import frog_cuda as frog
-from frog_cuda import low_rank
-from frog_cuda.dual import DualTensor
-from frog_cuda.low_rank import Factors, factored
+from frog_cuda import low_rank, ops
+from frog_cuda.dual import DualTensor, SampledTangents, draw
+from frog_cuda.low_rank import Drawn, Factors, Layout, factored
 from frog_cuda.tangents import LowRank, Piece, TangentSet
 
 RANKS = pytest.mark.parametrize("r", [1, 2, 3])
@@ -236,6 +236,69 @@ def test_dtypes(dtype):
         found[tangent_dtype] = fg.last.directional_derivatives
     # rounding each of the tangents' elements and intermediate results to 8 bits
     assert relative_error(found[dtype], found[None]) < (1e-6 if dtype == torch.float32 else 0.1)
+
+
+def test_long_pieces_without_factors_are_not_kept(monkeypatch):
+    """The estimate is the same, whichever pieces are drawn beforehand."""
+    found = []
+    for longest in (0, 8, Layout.LONGEST):
+        monkeypatch.setattr(Layout, "LONGEST", longest)
+        for chunk in (None, 2):
+            torch.manual_seed(1)
+            model = net()
+            options = dict(k=5, perturb="weight", tangents=LowRank(3), chunk_size=chunk, seed=7)
+            fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(), **options)
+            fg(*data())
+            found.append([fg.last.directional_derivatives, fg.last.gram, *(p.grad for p in model.parameters())])
+    short = [p for p in model.parameters() if not factored(tuple(p.shape), 3)]
+    assert min(p.numel() for p in short) <= 8 < max(p.numel() for p in short)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert_close64(a, b)
+
+
+def test_what_is_kept_is_not_written_to():
+    drawn, piece = tangent_set((7,), 3, 1)
+    kept = drawn.in_full(piece, torch.float64)
+    touched: set[int] = set()
+    sampled = SampledTangents(drawn.state, 3, 0, piece.offset, "normal", None, touched, stored=kept)
+    dual = DualTensor.sampled_from(torch.zeros(7, dtype=torch.float64), sampled)
+    before = kept.clone()
+    dual.tangents.zero_()
+    drawn.draw(piece, torch.float64).zero_()
+    assert torch.equal(dual.tangents, before) and touched == {piece.offset}
+    assert torch.equal(draw(dual.primal, sampled, 1, 2), before[1:])
+
+
+def test_parameters_of_several_dtypes_are_drawn_once_a_chunk(monkeypatch):
+    model = nn.ModuleList(nn.Linear(9, 9).to(dtype) for dtype in (torch.float32, torch.float64) * 3)
+    calls: list[torch.dtype] = []
+    sample = ops.sample_blocks
+    monkeypatch.setattr(ops, "sample_blocks", lambda *args, **how: (calls.append(how["dtype"]), sample(*args, **how))[1])
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x.to(layer.weight.dtype))
+            return x
+
+    options = dict(k=4, perturb="weight", tangents=LowRank(1), aggregate="mean", chunk_size=2)
+    frog.ForwardGradient(Net(), nn.MSELoss(), **options).derivatives(torch.randn(3, 9), torch.randn(3, 9).double())
+    assert len(calls) == 2 * 2 * 2  # chunks, dtypes, factors and vectors
+
+
+def test_gram_matrices_of_factors_come_in_parts(monkeypatch):
+    model, found = net(), []
+    for pairs in (1, Drawn.PAIRS):
+        monkeypatch.setattr(Drawn, "PAIRS", pairs)
+        fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(), k=4, perturb="weight", tangents=LowRank(2), seed=1)
+        fg.derivatives(*data())
+        found.append(fg.last.gram)
+    assert torch.equal(*found)
 
 
 def test_bad_arguments_are_named():

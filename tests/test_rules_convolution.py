@@ -130,6 +130,7 @@ def test_one_place_where_it_pays():
         assert place is not None and place.is_cheap(w) == cheap
         assert (convolution._one_place(x, w, None, None, *options) is not None) == cheap
         assert convolution._one_place(x, w, None, torch.bfloat16, *options) is not None
+        assert convolution._one_place(x.bfloat16(), w.bfloat16(), None, None, *options) is not None
 
 
 def test_low_precision_tangents_with_one_place():

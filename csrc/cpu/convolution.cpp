@@ -124,16 +124,17 @@ ConvolutionSizes sizes_of(const Tensor& x, const Tensor& weight, const Convoluti
 // Measured with 256 channels on 2x2, 3x3: two thirds of the time from 32 images, as much from 4, more from a single
 // one.
 bool small_images(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
-  constexpr int64_t kFewest = 4, kFewestChannels = 16;
+  constexpr int64_t kFewest = 4, kFewestChannels = 16, kLargest = 64;
   const bool floats = x.scalar_type() == ScalarType::Float && has_tile<float>();
   const bool doubles = x.scalar_type() == ScalarType::Double && has_tile<double>();
-  if (o.transposed || x.dim() > 5 || !(floats || doubles)) return false;
+  if (o.transposed || x.dim() > 5 || x.numel() == 0 || !(floats || doubles)) return false;
   const ConvolutionSizes s = sizes_of(x, weight, o);
   if (s.images < kFewest || std::min(s.channels, s.filters) < kFewestChannels) return false;
   double met = 1;  // the share of taps that lie in the image
   for (int a = 0; a < 3; ++a) {
     int64_t inside = 0;
     const WindowAxis& axis = s.axes[a];
+    if (axis.size > kLargest) continue;  // hardly any padding, and many places to ask
     for (int64_t j = 0; j < axis.count; ++j) {
       for (int64_t i = 0; i < axis.kernel; ++i) inside += s.input(a, j, i) >= 0;
     }

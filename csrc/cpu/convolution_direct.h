@@ -22,6 +22,7 @@ namespace frog::direct {
 
 constexpr int64_t kImages = 64;                    // at a time
 constexpr int64_t kTurnedBytes = 4 * 1024 * 1024;  // of more images, in last-level cache
+constexpr int64_t kMostImages = 512;               // whose sums stay in second-level cache
 constexpr int64_t kCopiedBytes = 8 * 1024 * 1024;  // of copied rows and of lists, in last-level cache
 constexpr int64_t kFewestColumns = 512;            // taken together: fewer do not pay for drawing the weight
 constexpr int64_t kDrawnBytes = 512 * 1024;        // of tangents, in second-level cache
@@ -194,11 +195,11 @@ struct Strips {
   int64_t in_group, count;  // strips of a group; of all
   int64_t group_step, ld;   // elements from group to group; from tangent to tangent
   int64_t taps;
-  bool transposed, drawn;
+  bool transposed;
 
   // A thread takes a strip through a group of places, of which there are `place_groups`.
-  Strips(const ConvolutionSizes& s, int64_t k, int64_t place_groups, bool drawn_)
-      : taps(s.taps()), transposed(s.transposed), drawn(drawn_) {
+  Strips(const ConvolutionSizes& s, int64_t k, int64_t place_groups, bool drawn)
+      : taps(s.taps()), transposed(s.transposed) {
     constexpr int64_t kBytes = sizeof(T);
     int64_t most = kTileRows * std::max<int64_t>(1, kStripRows / (kTileRows * k));
     if (s.transposed) most = std::max(most, ceil_div(kFewestDrawn, kTileRows * taps) * kTileRows);
@@ -396,7 +397,7 @@ void convolve(const ConvolutionSizes& s, const Weight& weight, const T* x, bool 
   int64_t most = kImages;
   if constexpr (!std::is_same_v<Weight, Drawn>) {  // a weight that comes from memory serves as many as stay in cache
     const int64_t bytes = s.groups * s.channels * s.inputs() * static_cast<int64_t>(sizeof(T));
-    most = std::max(most, kTurnedBytes / std::max<int64_t>(1, bytes) / kImages * kImages);
+    most = std::clamp(kTurnedBytes / std::max<int64_t>(1, bytes) / kImages * kImages, kImages, kMostImages);
   }
   for (int64_t first = 0; first < s.images; first += most) {
     convolve_some(s, weight, x, first, std::min(most, s.images - first), add, self);

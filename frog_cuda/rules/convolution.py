@@ -147,8 +147,9 @@ def _one_place(
     if x.shape[1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
         return None  # PyTorch's own error
     place = one_place(x.shape[2:], w, stride, padding, dilation)
-    # The library's products in bfloat16 lose more than gathering the matrix costs, however few rows there are
-    return place if place is None or low is not None or place.is_cheap(w) else None
+    # The library's convolutions in bfloat16 lose more than gathering the matrix costs, however few rows there are
+    slow = low is not None or x.dtype in (torch.bfloat16, torch.float16)
+    return place if place is None or slow or place.is_cheap(w) else None
 
 
 def _as_product(

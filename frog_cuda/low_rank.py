@@ -79,9 +79,8 @@ class Factors:
     def _scaled(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Both factors as (k r, .), coefficients and scale in the left one."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        left, right = (self.left, self.right) if self.dtype is dtype else (self.left.to(dtype), self.right.to(dtype))
-        weights = (coefficients if self.r == 1 else coefficients * self.scale).to(dtype).view(-1, 1, 1)
-        return (left * weights).flatten(0, 1), right.flatten(0, 1)
+        weights = (coefficients * self.scale).to(dtype).view(-1, 1, 1)
+        return (self.left.to(dtype) * weights).flatten(0, 1), self.right.to(dtype).flatten(0, 1)
 
 
 class Layout:

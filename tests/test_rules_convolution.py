@@ -122,7 +122,7 @@ def test_convolutions_with_one_place(size, taps, stride, padding, dilation):
 
 
 def test_one_place_where_it_pays():
-    """Gathering a part of the kernel takes as long as the product, but what libraries make of bfloat16 takes longer."""
+    """Not where a part of the kernel must be gathered; but what libraries make of bfloat16 takes longer still."""
     w = draw(4, 3, 3, 3)
     for size, stride, padding, cheap in ((1, 1, 1, True), (3, 1, 0, True), (2, 2, 1, False)):
         x, options = draw(2, 3, size, size), ((stride,) * 2, (padding,) * 2, (1, 1))

@@ -92,8 +92,6 @@ def shift(dim: int, ndim: int) -> int:
 def rows_times(rows: Tensor, weight: Tensor) -> Tensor:
     """``rows weight^T`` in the dtype of ``rows`` (*, in): on CPUs by the operator whose bits do not tell how many rows there
     are, and with that how many tangents."""
-    if rows.is_cpu and rows.dtype is weight.dtype:
-        return _linear_rows(rows, weight)
     if rows.is_cpu:
         return _linear_rows(rows.to(weight.dtype), weight).to(rows.dtype)
     return torch.matmul(rows, weight.t().to(rows.dtype))

@@ -131,18 +131,14 @@ def _low_rank(input: Any, weight: Tensor, factors: Factors, bias: Any) -> Any:
         raise _k_mismatch("linear", bias.k, k)
     out = F.linear(input, weight, bias)
     factors.touch()
-    x = input._primal if type(input) is DualTensor else input
-    if x.dtype is not factors.dtype:
-        x = x.to(factors.dtype)
+    x = (input._primal if type(input) is DualTensor else input).to(factors.dtype)
     rows = x.reshape(-1, x.shape[-1])  # (R, in)
     inner = rows_times(rows, factors.right.flatten(0, 1)).view(-1, k, r).transpose(0, 1)  # (k, R, r)
     if type(out) is not DualTensor:
         moved = torch.bmm(*_several(inner, factors.left))[:k].mul_(factors.scale)
         return _make(out, moved.view(k, *out.shape), k)
     moved = out.tangents.view(k, -1, out.shape[-1])  # (k, R, out)
-    left = factors.left
-    if moved.dtype is not left.dtype:
-        inner, left = inner.to(moved.dtype), left.to(moved.dtype)
+    inner, left = inner.to(moved.dtype), factors.left.to(moved.dtype)
     if r == 1:  # one pass over the result, where a product with inner dimension 1 would take several
         moved.addcmul_(inner, left)
     elif k == 1 and moved.is_cpu:

@@ -85,6 +85,26 @@ def test_gram_of_shared_tangents_does_not_tell_of_chunks(at_once, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def test_gram_of_fewer_layers_than_were_drawn_ahead():
+    class Shorter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(5, 5), nn.Linear(5, 5), True
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.second(y) if self.last else y
+
+    model = Shorter()
+    fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(reduction="none"), k=3, perturb="activity")
+    for last in (True, False):
+        model.last = last
+        fg.derivatives(torch.randn(4, 5), torch.arange(4))
+        v = torch.cat([s.tangents[0].flatten(1) for s in fg.last.trace.segments], 1).double()
+        assert v.shape == (3, 10 if last else 5)
+        assert_close64(fg.last.gram, v @ v.T)
+
+
 def test_sums_do_not_depend_on_their_order():
     torch.manual_seed(0)
     drawn = [torch.randn(3, 3, dtype=torch.float64) * 10.0**e for e in (-3, 0, 2, 5, 7, 7, 3)]

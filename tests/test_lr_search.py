@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ def few() -> Images:
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Search:
-    return Search(1e-4, 10.0, 9, f"sqlite:///{tmp_path / 'search.db'}")
+    return Search(1e-4, 10.0, 9, tmp_path / "search.journal")
 
 
 def trials(plan: Search, objective: Training = TRAINING) -> list[Any]:
@@ -122,7 +123,7 @@ def test_twice_the_best(value: float, others: list[float | None], gives_up: bool
 
 
 def test_nothing_comes_to_its_end(few: Images, tmp_path: Path) -> None:
-    plan = Search(1e7, 1e9, 2, f"sqlite:///{tmp_path / 'search.db'}")
+    plan = Search(1e7, 1e9, 2, tmp_path / "search.journal")
     search(plan, [TRAINING], few, [2])
     assert [t.state.name for t in trials(plan)] == ["PRUNED", "PRUNED"]
     with pytest.raises(UsageError, match="digits fc width=16 bp: no trial came to its end; try a lower --low"):
@@ -156,7 +157,7 @@ def test_rates_close_to_one_that_diverged(plan: Search, few: Images) -> None:
 
 def test_search_keeps_its_distance(few: Images, tmp_path: Path) -> None:
     """What follows the first trial, which diverges, is at most a thousandth of it."""
-    plan = Search(1.0, 1e6, 4, f"sqlite:///{tmp_path / 'search.db'}", margin=1e3)
+    plan = Search(1.0, 1e6, 4, tmp_path / "search.journal", margin=1e3)
     search(plan, [TRAINING], few, [4])
     first, *others = trials(plan)
     assert first.params["lr"] == pytest.approx(1e6) and first.user_attrs["diverged"]
@@ -172,6 +173,34 @@ def test_time_is_limited(plan: Search, few: Images, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(lr_search, "time", SimpleNamespace(time=lambda: 0.0))  # or setting up could take all the time
     search(plan, [TRAINING], few, [9], ends=1e-3)
     assert finished(plan.study(TRAINING)) == 1, "the trial that has begun comes to its end"
+
+
+def take(plan: Search, count: int) -> list[int]:
+    """Numbers of trials that a process takes from the queue."""
+    study = plan.study(TRAINING)
+    return [study.ask().number for _ in range(count)]
+
+
+def test_no_trial_is_taken_twice(tmp_path: Path) -> None:
+    plan = Search(1e-4, 10.0, 7, tmp_path / "search.journal")
+    study = plan.study(TRAINING)
+    for i in range(25):
+        study.enqueue_trial({"lr": 1.0 + i})
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        taken = [number for numbers in pool.starmap(take, [(plan, 8)] * 4, chunksize=1) for number in numbers]
+    assert sorted(taken) == list(range(32))
+
+
+@pytest.mark.parametrize("content", [b"SQLite format 3\0", b"lr\n0.5\n", b'{"lr": 0.5}\n', None])
+def test_storage_that_is_something_else(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"--storage is '.*other', which is no journal of Optuna; choose another file"):
+        Search(1e-4, 10.0, 7, path).study(TRAINING)
+    assert content is None or path.read_bytes() == content
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -207,7 +236,7 @@ def test_command(jobs: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], m
         ("--margin far", "--margin: 'far' is not a number >= 1"),
         ("--minutes 0", "--minutes: '0' is not an integer >= 1"),
         ("--trials 0", "--trials: '0' is not an integer >= 1"),
-        ("--storage no/such.db", "--storage is 'no/such.db'; expected a file in a folder that exists"),
+        ("--storage no/such.journal", "--storage is 'no/such.journal'; expected a file in a folder that exists"),
         ("--lr-table no/such.json", "--lr-table is 'no/such.json'; expected a file in a folder that exists"),
         ("--lr-table rates.csv", "--lr-table is 'rates.csv'; expected another ending, as JSON is written"),
         ("--optimizer Newton", "--optimizer is 'Newton'; accepted are"),

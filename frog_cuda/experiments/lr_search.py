@@ -88,7 +88,7 @@ class Search:
     Arguments:
         low, high: ends of the range.
         trials: how many rates to try.
-        storage: a database of Optuna, such as ``sqlite:///search.db``.
+        storage: file of all trials, a journal of Optuna.
         seed: of the sampler.
         margin: a rate counts if no trial with less than ``margin`` times that rate diverged.
     """
@@ -96,7 +96,7 @@ class Search:
     low: float
     high: float
     trials: int
-    storage: str
+    storage: Path
     seed: int = 0
     margin: float = 2.0
 
@@ -106,12 +106,12 @@ class Search:
         Arguments:
             process: see :func:`search`.
         Raises:
-            UsageError: it was made with other settings.
+            UsageError: it was made with other settings, or the file is no journal.
         """
         (optuna,) = require("optuna")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
-            storage=self.storage,
+            storage=self._journal(),
             study_name=f"train {objective.case}",
             load_if_exists=True,
             sampler=optuna.samplers.TPESampler(seed=self.seed + process, n_startup_trials=PLACED, constant_liar=True),
@@ -134,6 +134,20 @@ class Search:
         elif theirs != mine:
             raise UsageError(f"--storage: the search for {objective.case!r} there has other settings; choose another file")
         return study
+
+    def _journal(self) -> Any:
+        """A journal, not a database: of SQLite, two processes at times take the same trial, and the second one then fails."""
+        (optuna,) = require("optuna")
+        journal = optuna.storages.journal
+        other = UsageError(f"--storage is {str(self.storage)!r}, which is no journal of Optuna; choose another file")
+        if self.storage.is_file():
+            with self.storage.open("rb") as file:
+                if file.read(1) not in (b"", b"{"):  # Optuna itself takes a file without a line for an empty journal
+                    raise other
+        try:
+            return optuna.storages.JournalStorage(journal.JournalFileBackend(str(self.storage)))
+        except (ValueError, KeyError, IsADirectoryError) as error:
+            raise other from error
 
 
 def twice_the_best() -> Any:
@@ -251,7 +265,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--minutes", type=positive, help="begin no trial after so long; the same command goes on (default: no limit)")
     add("--jobs", type=positive, default=1, help="processes that search at the same time (default: %(default)s)")
     add("--search-seed", type=int, default=0, help="of the choice of rates (default: %(default)s)")
-    add("--storage", type=Path, default=Path("lr_search.db"), help="SQLite file of all trials (default: %(default)s)")
+    add("--storage", type=Path, default=Path("lr_search.journal"), help="file of all trials (default: %(default)s)")
     add("--lr-table", type=Path, default=Path("learning_rates.json"), help="where to put rates in (default: %(default)s)")
 
 
@@ -286,7 +300,7 @@ def run(args: argparse.Namespace) -> None:
     for option, path in (("--storage", args.storage), ("--lr-table", args.lr_table)):
         if not path.resolve().parent.is_dir():
             raise UsageError(f"{option} is {str(path)!r}; expected a file in a folder that exists")
-    plan = Search(args.low, args.high, args.trials, f"sqlite:///{args.storage.resolve()}", args.search_seed, args.margin)
+    plan = Search(args.low, args.high, args.trials, args.storage.resolve(), args.search_seed, args.margin)
     ends = math.inf if args.minutes is None else time.time() + 60 * args.minutes
     data = train.prepare(args)
     for objective in objectives:

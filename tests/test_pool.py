@@ -71,6 +71,56 @@ print(most() - before)
     assert 60 < grown < 64 + 64 / 8 + 4 + 4
 
 
+def test_free_neighbours_serve_a_larger_result():
+    """They were three results of their own, and what lies behind them is in use."""
+    code = f"""
+parts = [result({LARGE}) for _ in range(3)]
+start = parts[0].data_ptr()
+behind = result({LARGE})
+del parts[0], parts[1], parts[0]
+print(result(3 * {LARGE}).data_ptr() - start, behind.data_ptr() - start)
+"""
+    assert run(code) == ["0", str(4 * LARGE * 3)]
+
+
+def test_memory_goes_back_around_what_is_alive():
+    """A small result in the place of a large one holds its own pages, not the others: 64 MiB are not resident beside 96."""
+    code = """
+from pathlib import Path
+def resident(field):
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if field in line).split()[1])
+before = resident("VmRSS")
+whole = result(1 << 24)
+del whole
+alive = result(1 << 15)
+expected = alive.clone()
+larger = result(3 << 23)
+print(resident("VmHWM") - before, torch.equal(alive, expected))
+"""
+    grown, unharmed = run(code)
+    assert 96 < int(grown) / 1024 < 96 + 96 / 16 + 1 + 4 and unharmed == "True"
+
+
+def test_where_addresses_are_few():
+    """The C library has what there is, and what is freed is there again; what does not fit says how large it is."""
+    code = """
+import resource
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)
+for j in range(12):  # 12 times 160 to 188 MiB
+    a = result((40 << 20) + (j % 4 << 20))
+    small = [result(1 << 15) for _ in range(3)]
+    assert torch.equal(a[:, : 1 << 15], small[0]) and torch.equal(small[1], small[2])
+    del a
+try:
+    result(200 << 20)
+except RuntimeError as error:
+    print("cannot allocate 838860800 bytes" in str(error))
+print(torch.equal(result(1 << 15), small[0]))
+"""
+    assert run(code) == ["True", "True"]
+
+
 def test_what_is_alive_is_never_overwritten():
     rng = random.Random(0)
     alive: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -2,10 +2,12 @@
 // of this size back to the system and gets it anew, page by page, which was measured to cost 30 % of an
 // activity-perturbed gradient of a 784-256-256-10 net. So what is freed waits here for the next result.
 //
-// Memory comes from the C library in segments, each as large as the result it was made for. A smaller result takes a
-// piece of a free one, and neighbours that are free grow together again: what a wide layer has left serves narrow ones.
+// All of it lies in one range of addresses, as large as the machine's memory: addresses cost nothing until they are
+// written to. In one range all neighbours that are free grow together, so what a wide layer has left serves narrow ones
+// and the other way round, and pages go back to the system wherever they lie.
 #pragma once
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -19,18 +21,23 @@ namespace frog {
 class Pool {
  public:
   static constexpr size_t kSmallest = size_t{64} << 10;  // bytes; what is smaller the C library keeps by itself
-  static constexpr size_t kSlack = size_t{2} << 20;      // bytes kept beyond what was needed at its most and an eighth
+  static constexpr size_t kSlack = size_t{1} << 20;  // bytes kept beyond what was needed at its most and a sixteenth
 
-  // A part of a segment, in use or free.
+  enum class State {
+    kUsed,     // a result
+    kFree,     // waits for one, with the memory behind its addresses
+    kEmpty,    // addresses alone
+    kOutside,  // taken from the C library
+  };
+
+  // A part of the range, in another state than the parts beside it unless both are used; or outside.
   struct Piece {
     char* data;
     size_t size;
-    Piece *before = nullptr, *after = nullptr;  // neighbours in the segment
-    bool free = false;
+    State state;
+    Piece *before = nullptr, *after = nullptr;
     size_t age = 0;                                     // of a free piece
     std::multimap<size_t, Piece*>::iterator waiting{};  // its place among those
-
-    bool whole() const { return before == nullptr && after == nullptr; }
   };
 
   // Never destroyed: tensors may outlive everything static.
@@ -40,96 +47,155 @@ class Pool {
   }
 
   Piece* take(size_t bytes) {
-    const size_t size = (std::max(bytes, kSmallest) + 63) / 64 * 64;
+    const size_t size = round_up(std::max(bytes, kSmallest), 64);
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = free_.lower_bound(size);
-    Piece* piece = found == free_.end() ? new_segment(size) : found->second;
-    if (piece->free) remove(piece);
-    if (piece->size - size >= kSmallest) {
-      Piece* rest = new Piece{piece->data + size, piece->size - size, piece, piece->after};
-      if (rest->after) rest->after->before = rest;
-      piece->after = rest;
-      piece->size = size;
-      add(rest);
-    }
-    used_ += piece->size;
-    most_used_ = std::max(most_used_, used_);
+    if (found == free_.end()) return new_place(size);
+    Piece* piece = found->second;
+    cut(piece, size);
+    become(piece, State::kUsed);
     return piece;
   }
 
   void give(Piece* piece) {
+    if (piece->state == State::kOutside) {
+      std::free(piece->data);
+      delete piece;
+      return;
+    }
     const std::lock_guard<std::mutex> lock(mutex_);
-    used_ -= piece->size;
-    Piece *before = piece->before, *after = piece->after;
-    if (after && after->free) {
-      remove(after);
-      absorb(piece, after);
-    }
-    if (before && before->free) {
-      remove(before);
-      absorb(before, piece);
-      piece = before;
-    }
-    add(piece);
-    drop_segments(most_kept_);
+    become(piece, State::kFree);
+    join(piece);
+    shrink(most_kept_);
   }
 
  private:
-  Pool() {
-    const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-    const size_t memory = pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page) : 0;
+  Pool() : page_(static_cast<size_t>(std::max(sysconf(_SC_PAGESIZE), 1L))) {
+    const size_t memory = static_cast<size_t>(std::max(sysconf(_SC_PHYS_PAGES), 0L)) * page_;
     most_kept_ = std::clamp(memory / 16, size_t{128} << 20, size_t{512} << 20);
+    void* data =
+        mmap(nullptr, memory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, /*fd=*/-1, 0);
+    if (data != MAP_FAILED) first_ = new Piece{static_cast<char*>(data), memory, State::kEmpty};
   }
 
-  // No free piece is large enough. Free segments make room for the new one, so that the memory of a pass is hardly more
-  // than what it needs at its most, in whatever order sizes come. A segment of which a piece is in use stays whole.
-  Piece* new_segment(size_t size) {
-    const size_t needed = used_ + size;
-    const size_t most = std::max(most_used_, needed);
-    drop_segments(most + most / 8 + kSlack - needed);
+  static size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
+
+  // No free piece is large enough. The result gets the place where most memory lies already, and what else is free
+  // makes room, so that the memory of a pass is hardly more than what it needs at its most, in whatever order sizes
+  // come.
+  Piece* new_place(size_t size) {
+    Piece* place = nullptr;
+    size_t most_free = 0;
+    for (Piece* start = first_; start != nullptr; start = start->after) {
+      size_t total = 0, free = 0;
+      for (const Piece* p = start; p != nullptr && p->state != State::kUsed && total < size; p = p->after) {
+        if (p->state == State::kFree) free += std::min(p->size, size - total);
+        total += p->size;
+      }
+      if (total >= size && (place == nullptr || free > most_free)) place = start, most_free = free;
+    }
+    if (place == nullptr) return outside(size);
+    cut(place, size);
+    become(place, State::kUsed);
+    while (place->size < size) {
+      cut(place->after, size - place->size);
+      become(place->after, State::kUsed);
+      absorb_next(place);
+    }
+    const size_t most = most_used_ + most_used_ / 16 + kSlack;
+    shrink(most - std::min(most, used_));
+    return place;
+  }
+
+  // From the C library, as everything is where the system does not hand out so many addresses.
+  static Piece* outside(size_t size) {
     char* data = static_cast<char*>(std::aligned_alloc(64, size));
     STD_TORCH_CHECK(data != nullptr, "frog_cuda: cannot allocate ", size, " bytes");
-    return new Piece{data, size};
+    return new Piece{data, size, State::kOutside};
   }
 
-  // Returns free segments to the C library, the one that waits longest first, until at most `kept` bytes are free.
-  void drop_segments(size_t kept) {
-    while (kept_ > kept && !segments_.empty()) {
-      Piece* piece = segments_.begin()->second;
-      remove(piece);
-      std::free(piece->data);
-      delete piece;
+  // Gives memory back to the system, of what waits longest first, until at most `kept` bytes are free.
+  void shrink(size_t kept) {
+    while (kept_ > kept) {
+      Piece* piece = oldest_.begin()->second;
+      const size_t goes = round_up(kept_ - kept, kSmallest);
+      if (piece->size > goes && cut(piece, piece->size - goes)) piece = piece->after;
+      const size_t begin = round_up(address(piece->data), page_);
+      const size_t end = address(piece->data + piece->size) / page_ * page_;
+      if (begin < end) madvise(piece->data + (begin - address(piece->data)), end - begin, MADV_DONTNEED);
+      become(piece, State::kEmpty);
+      join(piece);
     }
   }
 
-  void add(Piece* piece) {
-    piece->free = true;
-    piece->age = ++age_;
-    piece->waiting = free_.emplace(piece->size, piece);
-    if (piece->whole()) segments_.emplace(piece->age, piece);
-    kept_ += piece->size;
+  static size_t address(const char* data) { return reinterpret_cast<size_t>(data); }
+
+  // Cuts a piece behind `size` bytes, and says so. A rest that is too small for a result stays a part of it.
+  bool cut(Piece* piece, size_t size) {
+    if (piece->size < size + kSmallest) return false;
+    leave(piece);
+    Piece* rest = new Piece{piece->data + size, piece->size - size, piece->state, piece, piece->after};
+    if (rest->after) rest->after->before = rest;
+    piece->after = rest;
+    piece->size = size;
+    enter(piece);
+    enter(rest);
+    return true;
   }
 
-  void remove(Piece* piece) {
-    piece->free = false;
-    free_.erase(piece->waiting);
-    segments_.erase(piece->age);
-    kept_ -= piece->size;
+  // Joins a piece that is not used with neighbours in its state.
+  Piece* join(Piece* piece) {
+    if (piece->after && piece->after->state == piece->state) absorb_next(piece);
+    if (piece->before && piece->before->state == piece->state) absorb_next(piece = piece->before);
+    return piece;
   }
 
-  // `after` becomes a part of the piece in front of it.
-  static void absorb(Piece* piece, Piece* after) {
-    piece->size += after->size;
-    piece->after = after->after;
+  void absorb_next(Piece* piece) {
+    Piece* next = piece->after;
+    leave(piece);
+    leave(next);
+    piece->size += next->size;
+    piece->after = next->after;
     if (piece->after) piece->after->before = piece;
-    delete after;
+    delete next;
+    enter(piece);
+  }
+
+  void become(Piece* piece, State state) {
+    leave(piece);
+    piece->state = state;
+    enter(piece);
+  }
+
+  void enter(Piece* piece) {
+    if (piece->state == State::kUsed) {
+      used_ += piece->size;
+      most_used_ = std::max(most_used_, used_);
+    } else if (piece->state == State::kFree) {
+      piece->age = ++age_;
+      piece->waiting = free_.emplace(piece->size, piece);
+      oldest_.emplace(piece->age, piece);
+      kept_ += piece->size;
+    }
+  }
+
+  void leave(Piece* piece) {
+    if (piece->state == State::kUsed) {
+      used_ -= piece->size;
+    } else if (piece->state == State::kFree) {
+      free_.erase(piece->waiting);
+      oldest_.erase(piece->age);
+      kept_ -= piece->size;
+    }
   }
 
   std::mutex mutex_;
+  Piece* first_ = nullptr;              // of the range
   std::multimap<size_t, Piece*> free_;  // by size
-  std::map<size_t, Piece*> segments_;   // those that are free as a whole, by age
+  std::map<size_t, Piece*> oldest_;     // the same, by age
   size_t used_ = 0, most_used_ = 0;     // bytes of results, now and at their most
   size_t kept_ = 0, age_ = 0;           // bytes that wait here
+  size_t page_;                         // bytes
   size_t most_kept_;                    // a sixteenth of the machine's memory, 128 to 512 MiB
 };
 

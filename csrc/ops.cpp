@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
       "sample_blocks(Tensor state, int k, int[] numels, int[] offsets, int first, int distribution, ScalarType dtype) "
       "-> Tensor");
   m.def("gram_blocks(Tensor blocks, int k, int[] numels) -> Tensor");
+  m.def("combine_blocks(Tensor blocks, int k, int[] numels, Tensor coefficients) -> Tensor[]");
   m.def(
       "tangent_combine(Tensor state, Tensor coefficients, int numel, int offset, int first, int distribution, "
       "ScalarType dtype) -> Tensor");
@@ -31,6 +32,8 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   m.def(
       "tangent_sgd_(Tensor(a!) self, Tensor(b!)? buffer, Tensor state, Tensor coefficients, float lr, float momentum, "
       "float dampening, float weight_decay, bool nesterov, bool fresh, int offset, int first, int distribution) -> ()");
+  // low rank
+  m.def("low_rank_combine(Tensor factors, int k, int r, int[] heights, int[] widths, Tensor coefficients) -> Tensor[]");
   // projection
   m.def("cholesky_project(Tensor gram, Tensor derivatives, float rtol) -> (Tensor coefficients, Tensor rank)");
   // linear

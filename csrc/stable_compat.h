@@ -43,6 +43,12 @@ inline void bmm_out(Tensor& out, const Tensor& a, const Tensor& b) {
   detail::call_for_tensor("aten::bmm", "out", stack.data());
 }
 
+/// a * b, broadcast.
+inline Tensor multiply(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{detail::box(a), detail::box(b)};
+  return detail::call_for_tensor("aten::mul", "Tensor", stack.data());
+}
+
 /// A view of `self`'s storage.
 inline Tensor as_strided(const Tensor& self, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                          int64_t storage_offset) {

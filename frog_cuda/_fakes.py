@@ -60,6 +60,18 @@ def gram_blocks(blocks: Tensor, k: int, numels: list[int]) -> Tensor:
 
 
 @_fake
+def combine_blocks(blocks: Tensor, k: int, numels: list[int], coefficients: Tensor) -> list[Tensor]:
+    return [blocks.new_empty((n,)) for n in numels]
+
+
+@_fake
+def low_rank_combine(
+    factors: Tensor, k: int, r: int, heights: list[int], widths: list[int], coefficients: Tensor
+) -> list[Tensor]:
+    return [factors.new_empty(shape) for shape in zip(heights, widths, strict=True)]
+
+
+@_fake
 def tangent_combine(
     state: Tensor, coefficients: Tensor, numel: int, offset: int, first: int, distribution: int, dtype: torch.dtype
 ) -> Tensor:

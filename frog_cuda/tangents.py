@@ -243,6 +243,21 @@ class TangentSet:
             combined[piece.fixed_row] = 0
         return combined
 
+    def combine_each(
+        self, pieces: Sequence[Piece], coefficients: Tensor, dtypes: Sequence[torch.dtype]
+    ) -> Iterator[tuple[Piece, Tensor]]:
+        """The same of several pieces, to the bit; those of low rank in one call, where all take part."""
+        found: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        wide = {_at_least_float32(dtype) for dtype in dtypes}
+        if isinstance(self.distribution, LowRank) and len(pieces) == len(self._layout.pieces) and len(wide) == 1:
+            found = self._of_low_rank(wide.pop()).combine(coefficients)
+        for piece, dtype in zip(pieces, dtypes, strict=True):
+            combined = found.pop((piece.offset, piece.shape), None)
+            if combined is None or piece.fixed_row is not None:
+                yield piece, self.combine(piece, coefficients, dtype)
+            else:
+                yield piece, combined if combined.dtype == dtype else combined.to(dtype)
+
     def _combined(self, piece: Piece, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         if self.stored is not None:
             tangents = self.stored[piece.name]
@@ -251,6 +266,9 @@ class TangentSet:
         factors = self.factors(piece, _at_least_float32(dtype))
         if factors is not None:
             return factors.combine(coefficients).to(dtype)
+        full = self.in_full(piece, _at_least_float32(dtype))
+        if full is not None:
+            return ops.combine_blocks(full.flatten(), self.k, [piece.numel], coefficients)[0].view(piece.shape).to(dtype)
         combined = ops.tangent_combine(
             self.state,
             coefficients[: self.drawn],

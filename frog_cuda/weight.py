@@ -191,21 +191,22 @@ class WeightPerturbation:
         self, tangents: TangentSet, estimate: Estimate, only: Collection[Piece] | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         """The estimate, parameter by parameter; those that did not take part are left out, or all that are not ``only``."""
-        start = 0
-        for piece in self.used:
-            dtype = self.parameters[piece.name].dtype
-            wanted = only is None or piece in only
-            if wanted and estimate.computed is not None:
-                yield piece.name, estimate.computed[piece.name].clone()
-            elif wanted and estimate.base_coefficients is not None:
-                yield piece.name, tangents.combine(piece, estimate.base_coefficients, dtype)
-            elif wanted:
-                assert estimate.custom is not None
-                part = estimate.custom[start : start + piece.numel].view(piece.shape).to(dtype, copy=True)  # the caller's own
-                if piece.fixed_row is not None:
-                    part[piece.fixed_row] = 0
-                yield piece.name, part
-            start += piece.numel
+        wanted = self.used if only is None else [piece for piece in self.used if piece in only]
+        if estimate.computed is not None:
+            yield from ((piece.name, estimate.computed[piece.name].clone()) for piece in wanted)
+        elif estimate.base_coefficients is not None:
+            dtypes = [self.parameters[piece.name].dtype for piece in wanted]
+            each = tangents.combine_each(wanted, estimate.base_coefficients, dtypes)
+            yield from ((piece.name, g) for piece, g in each)
+        else:
+            assert estimate.custom is not None
+            parts = estimate.custom.split([piece.numel for piece in self.used])
+            for piece, part in zip(self.used, parts, strict=True):
+                if only is None or piece in only:
+                    own = part.view(piece.shape).to(self.parameters[piece.name].dtype, copy=True)  # the caller's own
+                    if piece.fixed_row is not None:
+                        own[piece.fixed_row] = 0
+                    yield piece.name, own
 
     def update_(self, tangents: TangentSet, estimate: Estimate, sgd: Sgd, only: Collection[Piece] | None = None) -> None:
         """A step of SGD in place, of all parameters that took part or only some of them."""

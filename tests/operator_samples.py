@@ -51,6 +51,14 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
         dict(blocks=_rand(3 * 75, dtype=dtype), k=3, numels=[70, 0, 5]),
         dict(blocks=_rand(2 * 3 * 75, dtype=dtype)[::2], k=3, numels=[70, 5]),
     ],
+    "combine_blocks": lambda dtype: [
+        dict(blocks=_rand(3 * 75, dtype=dtype), k=3, numels=[70, 0, 5], coefficients=_rand(3)),
+        dict(blocks=_rand(2 * 3 * 75, dtype=dtype)[::2], k=3, numels=[70, 5], coefficients=_rand(3, dtype=dtype)),
+    ],
+    "low_rank_combine": lambda dtype: [
+        dict(factors=_rand(6 * 27, dtype=dtype), k=3, r=2, heights=[7, 0], widths=[17, 3], coefficients=_rand(3)),
+        dict(factors=_rand(2 * 3 * 28, dtype=dtype)[::2], k=3, r=1, heights=[9, 5], widths=[1, 13], coefficients=_rand(3)),
+    ],
     "tangent_combine": lambda dtype: [
         dict(state=_state(), coefficients=_rand(3, dtype=dtype), numel=70, offset=5, first=1, distribution=0, dtype=dtype)
     ],

@@ -257,6 +257,27 @@ def test_long_pieces_without_factors_are_not_kept(monkeypatch):
             assert_close64(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("r", [1, 3])
+def test_estimates_in_one_call_are_those_piece_by_piece(monkeypatch, r, dtype):
+    monkeypatch.setattr(Layout, "LONGEST", 30)  # a piece that is drawn anew stands among them
+    fg = frog.ForwardGradient(net().to(dtype), nn.CrossEntropyLoss(), k=5, perturb="weight", tangents=LowRank(r), seed=1)
+    x, target = data()
+    fg.derivatives(x.to(dtype), target)
+    pieces, drawn, c = fg._method.pieces, fg._tangents, fg.last.base_coefficients
+    calls: list[str] = []
+    whole = ops.low_rank_combine
+    monkeypatch.setattr(ops, "low_rank_combine", lambda *args: (calls.append("all"), whole(*args))[1])
+    together = fg.gradients()
+    assert calls == ["all"] and list(together) == [p.name for p in pieces]
+    for piece in pieces:
+        alone = drawn.combine(piece, c, dtype)
+        assert together[piece.name].dtype == dtype and torch.equal(together[piece.name], alone)
+    some = pieces[1:]
+    assert all(torch.equal(g, together[p.name]) for p, g in drawn.combine_each(some, c, [dtype] * len(some)))
+    assert calls == ["all"]
+
+
 def test_what_is_kept_is_not_written_to():
     drawn, piece = tangent_set((7,), 3, 1)
     kept = drawn.in_full(piece, torch.float64)

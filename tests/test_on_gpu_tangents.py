@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_close32, assert_close64, relative_error
 
-from frog_cuda import ops
+from frog_cuda import ops, reference
 
 pytestmark = pytest.mark.cuda
 
@@ -273,3 +273,18 @@ def test_blocks_are_those_of_single_calls(distribution):
         for block, gram, n, at in zip(blocks, grams, numels, offsets, strict=True):
             assert torch.equal(block.view(k, n), ops.sample_tangents(state, k, n, offset=at, **options))
             assert torch.equal(gram, ops.gram(block.view(k, n)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_combinations_of_blocks_and_factors(dtype):
+    k, r, numels, heights, widths = 5, 2, [7, 1025, 0], [33, 0, 7], [1025, 3, 1]
+    generator = torch.Generator().manual_seed(0)
+    c = torch.randn(k, generator=generator, dtype=torch.float64)
+    blocks = torch.randn(k * sum(numels), generator=generator).to(dtype)
+    factors = torch.randn(k * r * (sum(heights) + sum(widths)), generator=generator).to(dtype)
+    # low precision is rounded once, at the end
+    bound = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    for name, given in (("combine_blocks", (blocks, k, numels)), ("low_rank_combine", (factors, k, r, heights, widths))):
+        found = getattr(ops, name)(given[0].to(DEVICE), *given[1:], c.to(DEVICE))
+        for v, exact in zip(found, getattr(reference, name)(*given, c), strict=True):
+            assert v.dtype == dtype and v.shape == exact.shape and relative_error(v.cpu(), exact) < bound

@@ -1,10 +1,10 @@
-"""sample_blocks and gram_blocks: many small pieces of the tangents in one call, each as by a call of its own."""
+"""sample_blocks, gram_blocks and combine_blocks: many small pieces of the tangents in one call, each as by its own."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_close32, assert_close64
+from helpers import assert_as_good_as_torch, assert_close32, assert_close64
 from test_tangents import DISTRIBUTIONS, DTYPES, state_for, state_of
 
 from frog_cuda import ops, reference
@@ -57,13 +57,36 @@ def test_grams_are_those_of_single_blocks(blocks, k, dtype):
     assert_close64(grams, reference.gram_blocks(drawn, k, numels))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 5, 33])
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_combinations_against_the_reference(blocks, k, dtype):
+    numels, _ = BLOCKS[blocks]
+    generator = torch.Generator().manual_seed(k)
+    drawn = torch.randn(2 * k * sum(numels), generator=generator).to(dtype)[::2]  # not contiguous
+    c = torch.randn(k, generator=generator, dtype=torch.float64)
+    found, exact = ops.combine_blocks(drawn, k, numels, c), reference.combine_blocks(drawn, k, numels, c)
+    assert [tuple(v.shape) for v in found] == [(n,) for n in numels]
+    for v, e, block in zip(found, exact, drawn.split([k * n for n in numels]), strict=True):
+        assert v.dtype == dtype and torch.equal(v, ops.combine_blocks(block, k, [len(v)], c)[0])
+        if dtype == torch.float64:
+            assert_close64(v, e)
+        elif dtype == torch.float32:
+            assert_close32(v, e)
+        elif v.numel():
+            assert_as_good_as_torch(v, c.to(dtype) @ block.view(k, -1), e)
+
+
 def test_threads_change_no_bit():
     draw = lambda: ops.sample_blocks(state_of(3, 1), 5, *BLOCKS["long"])  # noqa: E731
     threads = torch.get_num_threads()
     drawn = draw()
     grams = ops.gram_blocks(drawn, 5, BLOCKS["long"][0])
+    combine = lambda: torch.cat(ops.combine_blocks(drawn, 5, BLOCKS["long"][0], torch.arange(5.0)))  # noqa: E731
+    combined = combine()
     try:
         torch.set_num_threads(1)
+        assert torch.equal(combine(), combined)
         assert torch.equal(draw(), drawn) and torch.equal(ops.gram_blocks(drawn, 5, BLOCKS["long"][0]), grams)
     finally:
         torch.set_num_threads(threads)
@@ -102,3 +125,18 @@ def test_bad_input_of_draws(change, match):
 def test_bad_input_of_grams(change, match):
     with pytest.raises(RuntimeError, match="gram_blocks: .*" + match):
         ops.gram_blocks(**dict(blocks=torch.zeros(21), k=3, numels=[3, 4]) | change)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (dict(k=0), "k is 0"),
+        (dict(numels=[3, 5]), r"blocks has shape \(21,\), expected \(24,\)"),
+        (dict(coefficients=torch.ones(2)), "coefficients has 2 elements, expected 3"),
+        (dict(coefficients=torch.ones(3, dtype=torch.int64)), "coefficients has dtype Long"),
+        (dict(blocks=torch.zeros(21, dtype=torch.int64)), "blocks has dtype Long"),
+    ],
+)
+def test_bad_input_of_combinations(change, match):
+    with pytest.raises(RuntimeError, match="combine_blocks: .*" + match):
+        ops.combine_blocks(**dict(blocks=torch.zeros(21), k=3, numels=[3, 4], coefficients=torch.ones(3)) | change)

@@ -113,6 +113,14 @@ inline void check_gram_blocks(const char* op, const Tensor& blocks, int64_t k, c
   check_shape(op, "blocks", blocks, {check_numels(op, k, numels)});
 }
 
+inline void check_combine_blocks(const char* op, const Tensor& blocks, int64_t k, const std::vector<int64_t>& numels,
+                                 const Tensor& coefficients) {
+  check_gram_blocks(op, blocks, k, numels);
+  check_coefficients(op, coefficients);
+  STD_TORCH_CHECK(coefficients.size(0) == k, op, ": coefficients has ", coefficients.size(0), " elements, expected ",
+                  k);
+}
+
 inline void check_gram(const char* op, const Tensor& tangents) {
   check_floating(op, "tangents", tangents);
   STD_TORCH_CHECK(tangents.dim() == 2, op, ": tangents has shape ", shape_string(tangents), ", expected (k, n)");

@@ -164,4 +164,16 @@ inline Tensor dense_activity(const char* op, const char* name, const Tensor& act
 
 inline const Tensor* pointer_to(const std::optional<Tensor>& t) { return t ? &*t : nullptr; }
 
+/// coefficients [k], any floating dtype, as T and times alpha
+template <class T>
+std::vector<T> read_coefficients(const char* op, const Tensor& coefficients, double alpha) {
+  check_cpu(op, "coefficients", coefficients);
+  check_coefficients(op, coefficients);
+  const Tensor wide = as_contiguous(to_dtype(coefficients, ScalarType::Double));
+  const double* data = static_cast<const double*>(wide.const_data_ptr());
+  std::vector<T> values(coefficients.size(0));
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<T>(alpha * data[i]);
+  return values;
+}
+
 }  // namespace frog

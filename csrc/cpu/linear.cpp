@@ -26,7 +26,6 @@ constexpr int64_t kDrawnBytes = 512 * 1024;      // tangents drawn at a time, in
 constexpr int64_t kSumsBytes = 4 * 1024 * 1024;  // running sums over all of x; more rows of x are done in batches
 constexpr int64_t kColumns = 128;   // columns of x between two loads of the sums; x panel stays in first-level cache
 constexpr int64_t kGramRun = 2048;  // elements that are summed in T before they enter the double sums
-constexpr int64_t kFewRows = 128;   // of a gradient, up to which outer_product is the faster way
 constexpr int64_t kStretchElements = int64_t{1} << 20;  // of tangents that are widened at a time
 constexpr int64_t kExactGramElements = 4096;  // below this, tangents can be nearly dependent: products in double
 
@@ -449,7 +448,7 @@ Tensor linear_gradient(const Tensor& gradient, const Tensor& x) {
   const int64_t rows = x.size(0);
   const auto few = [&](auto zero) {
     using T = decltype(zero);
-    if (rows > kFewRows || panel_width<T>() == vector_width<T>()) return false;
+    if (rows > kFewRows || !has_tile<T>()) return false;
     const Tensor g = as_contiguous(gradient), f = as_contiguous(x);
     outer_product(static_cast<const T*>(g.const_data_ptr()), static_cast<const T*>(f.const_data_ptr()), rows, g.size(1),
                   f.size(1), static_cast<T*>(out.mutable_data_ptr()));

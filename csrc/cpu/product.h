@@ -154,9 +154,12 @@ void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t
   });
 }
 
-/// c [out, in] = g^T x for g [rows, out] and x [rows, in], few rows. Bound by writing c.
+constexpr int64_t kFewRows = 128;  // up to which outer_product is faster than the library
+
+/// c [out, in] = g^T x for g [rows, out] and x [rows, in], few rows. Bound by writing c. Where weights [rows] are
+/// given, the rows of g are multiplied by them.
 template <class T>
-void outer_product(const T* g, const T* x, int64_t rows, int64_t out, int64_t in, T* c) {
+void outer_product(const T* g, const T* x, int64_t rows, int64_t out, int64_t in, T* c, const T* weights = nullptr) {
   constexpr int64_t kPackedBytes = 256 * 1024;  // of x, in second-level cache
   constexpr int64_t kElements = 32768;          // of c that are worth a thread
   const int64_t panel = panel_width<T>(), vector = vector_width<T>();
@@ -179,7 +182,10 @@ void outer_product(const T* g, const T* x, int64_t rows, int64_t out, int64_t in
       for (int64_t o = from * kTileRows; o < std::min(out, to * kTileRows); o += kTileRows) {
         const int64_t strip = std::min(kTileRows, out - o);
         for (int64_t j = 0; j < strip; ++j) {
-          for (int64_t r = 0; r < rows; ++r) left.data()[j * rows + r] = g[r * out + o + j];
+          for (int64_t r = 0; r < rows; ++r) {
+            const T value = g[r * out + o + j];
+            left.data()[j * rows + r] = weights ? weights[r] * value : value;
+          }
         }
         for (int64_t i = 0; i < wide; i += panel) {
           const int64_t live = std::min(panel, wide - i), width = ceil_div(live, vector) * vector;

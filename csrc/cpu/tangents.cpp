@@ -196,18 +196,6 @@ Tensor gram_blocks(const Tensor& blocks_, int64_t k, std::vector<int64_t> numels
   return out;
 }
 
-// coefficients [k], any floating dtype, as T and times alpha
-template <class T>
-std::vector<T> read_coefficients(const char* op, const Tensor& coefficients, double alpha) {
-  check_cpu(op, "coefficients", coefficients);
-  check_coefficients(op, coefficients);
-  const Tensor wide = as_contiguous(to_dtype(coefficients, ScalarType::Double));
-  const double* data = static_cast<const double*>(wide.const_data_ptr());
-  std::vector<T> values(coefficients.size(0));
-  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<T>(alpha * data[i]);
-  return values;
-}
-
 Tensor tangent_combine(const Tensor& state, const Tensor& coefficients, int64_t numel, int64_t offset, int64_t first,
                        int64_t distribution, ScalarType dtype) {
   const char* op = "tangent_combine";
@@ -235,13 +223,45 @@ Tensor tangent_combine(const Tensor& state, const Tensor& coefficients, int64_t 
 }
 
 // out [n] = the sum over i of c[i] v[i], v [k, n] with row stride ld
-template <class C>
-void combine_drawn(const C* v, int64_t ld, int64_t k, const C* c, int64_t n, C* out) {
+template <class T, class C>
+void combine_drawn(const T* v, int64_t ld, int64_t k, const C* c, int64_t n, C* out) {
   std::fill(out, out + n, C(0));
   for (int64_t i = 0; i < k; ++i) {
     const C factor = c[i];
-    for (int64_t j = 0; j < n; ++j) out[j] += factor * v[i * ld + j];
+    for (int64_t j = 0; j < n; ++j) out[j] += factor * static_cast<C>(v[i * ld + j]);
   }
+}
+
+std::vector<Tensor> combine_blocks(const Tensor& blocks_, int64_t k, std::vector<int64_t> numels,
+                                   const Tensor& coefficients) {
+  constexpr int64_t kWork = 65536;  // multiplications that are worth a thread
+  const char* op = "combine_blocks";
+  check_cpu(op, "blocks", blocks_);
+  check_combine_blocks(op, blocks_, k, numels, coefficients);
+  const Tensor blocks = as_contiguous(blocks_);
+  std::vector<Tensor> results;
+  results.reserve(numels.size());
+  dispatch_floating(op, blocks.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using C = typename ComputeOf<T>::type;
+    const std::vector<C> c = read_coefficients<C>(op, coefficients, 1.0);
+    const T* block = static_cast<const T*>(blocks.const_data_ptr());
+    for (const int64_t numel : numels) {
+      results.push_back(new_tensor(blocks, {numel}, blocks.scalar_type()));
+      T* to = static_cast<T*>(results.back().mutable_data_ptr());
+      torch::stable::parallel_for(0, numel, std::max<int64_t>(1, kWork / k), [&](int64_t begin, int64_t end) {
+        if constexpr (std::is_same_v<T, C>) {
+          combine_drawn(block + begin, numel, k, c.data(), end - begin, to + begin);
+        } else {
+          std::vector<C> sums(end - begin);
+          combine_drawn(block + begin, numel, k, c.data(), end - begin, sums.data());
+          std::copy(sums.begin(), sums.end(), to + begin);
+        }
+      });
+      block += k * numel;
+    }
+  });
+  return results;
 }
 
 // Samples of many elements are summed in registers, as tangent_combine does; of samples that are short beside the
@@ -396,6 +416,7 @@ STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CPU, m) {
   m.impl("gram", TORCH_BOX(&gram_of));
   m.impl("sample_blocks", TORCH_BOX(&sample_blocks));
   m.impl("gram_blocks", TORCH_BOX(&gram_blocks));
+  m.impl("combine_blocks", TORCH_BOX(&combine_blocks));
   m.impl("tangent_combine", TORCH_BOX(&tangent_combine));
   m.impl("tangent_combine_samples", TORCH_BOX(&tangent_combine_samples));
   m.impl("tangent_axpy_", TORCH_BOX(&tangent_axpy_));

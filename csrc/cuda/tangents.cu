@@ -98,6 +98,29 @@ Tensor tangent_combine_samples(const Tensor& state, const Tensor& coefficients, 
   return result;
 }
 
+// A product of the library for each block.
+std::vector<Tensor> combine_blocks(const Tensor& given, int64_t k, std::vector<int64_t> numels,
+                                   const Tensor& coefficients) {
+  const char* op = "combine_blocks";
+  check_same_device(op, "blocks", given, coefficients);
+  check_same_device(op, "coefficients", coefficients, given);
+  check_combine_blocks(op, given, k, numels, coefficients);
+  const OnDevice current(given);
+  const ScalarType compute = given.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor blocks = as_contiguous(to_dtype(given, compute));
+  const Tensor c = torch::stable::view(as_contiguous(to_dtype(coefficients, compute)), {1, k});
+  std::vector<Tensor> results;
+  results.reserve(numels.size());
+  int64_t at = 0;
+  for (const int64_t numel : numels) {
+    Tensor sum = new_on(given, {1, numel}, compute);
+    mm_out(sum, c, torch::stable::view(torch::stable::narrow(blocks, 0, at, k * numel), {k, numel}));
+    results.push_back(to_dtype(torch::stable::view(sum, {numel}), given.scalar_type()));
+    at += k * numel;
+  }
+  return results;
+}
+
 void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients, double alpha, int64_t offset,
                    int64_t first, int64_t distribution) {
   const char* op = "tangent_axpy_";
@@ -147,6 +170,7 @@ void tangent_sgd_(Tensor& self, std::optional<Tensor> buffer, const Tensor& stat
 STABLE_TORCH_LIBRARY_IMPL(frog_cuda, CUDA, m) {
   m.impl("sample_tangents", TORCH_BOX(&sample_tangents));
   m.impl("sample_blocks", TORCH_BOX(&sample_blocks));
+  m.impl("combine_blocks", TORCH_BOX(&combine_blocks));
   m.impl("tangent_combine", TORCH_BOX(&tangent_combine));
   m.impl("tangent_combine_samples", TORCH_BOX(&tangent_combine_samples));
   m.impl("tangent_axpy_", TORCH_BOX(&tangent_axpy_));

@@ -16,6 +16,7 @@ from .convolution import convolution_jvp, narrow_convolution, sampled_convolutio
 from .embedding import embedding_jvp
 from .linear import linear_gradient, linear_jvp, linear_rows
 from .losses import REDUCTIONS, bce_jvp, cross_entropy_jvp, mse_jvp
+from .low_rank import low_rank_combine
 from .normalization import normalization_jvp
 from .pointwise import POINTWISE, pointwise_jvp
 from .pooling import max_pool_jvp
@@ -24,6 +25,7 @@ from .softmax import log_softmax_jvp, softmax_jvp
 from .sum import tangent_sum
 from .tangents import (
     DISTRIBUTIONS,
+    combine_blocks,
     gram,
     gram_blocks,
     sample_blocks,
@@ -47,6 +49,7 @@ __all__ = [
     "attention_jvp",
     "bce_jvp",
     "cholesky_project",
+    "combine_blocks",
     "convolution_jvp",
     "cross_entropy_jvp",
     "embedding_jvp",
@@ -56,6 +59,7 @@ __all__ = [
     "linear_jvp",
     "linear_rows",
     "log_softmax_jvp",
+    "low_rank_combine",
     "max_pool_jvp",
     "mse_jvp",
     "narrow_convolution",

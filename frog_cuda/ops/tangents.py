@@ -99,6 +99,19 @@ def gram_blocks(blocks: Tensor, k: int, numels: Sequence[int]) -> Tensor:
         return _ops.gram_blocks(blocks, k, numels)
 
 
+def combine_blocks(blocks: Tensor, k: int, numels: Sequence[int], coefficients: Tensor) -> list[Tensor]:
+    """``V c`` of each of the blocks ``(k, numels[b])`` that lie one behind the other in ``(k * sum(numels),)``.
+
+    Arguments:
+        coefficients: ``(k,)``, any float dtype. Low precision is summed in float32.
+    Returns:
+        a tensor ``(numels[b],)`` for each, in the dtype of the blocks.
+    """
+    _guard("combine_blocks", blocks, coefficients)
+    with _AutoDispatchBelowAutograd():
+        return _ops.combine_blocks(blocks, k, numels, coefficients)
+
+
 def tangent_combine(
     state: Tensor,
     coefficients: Tensor,

@@ -14,6 +14,7 @@ from .convolution import convolution_jvp, narrow_convolution, sampled_convolutio
 from .embedding import embedding_jvp
 from .linear import linear_gradient, linear_jvp, linear_rows
 from .losses import bce_jvp, cross_entropy_jvp, mse_jvp
+from .low_rank import low_rank_combine
 from .normalization import normalization_jvp
 from .pointwise import POINTWISE, pointwise_jvp
 from .pooling import max_pool_jvp
@@ -21,6 +22,7 @@ from .projection import cholesky_project
 from .softmax import log_softmax_jvp, softmax_jvp
 from .sum import tangent_sum
 from .tangents import (
+    combine_blocks,
     gram,
     gram_blocks,
     philox4x32_10,
@@ -38,6 +40,7 @@ __all__ = [
     "attention_jvp",
     "bce_jvp",
     "cholesky_project",
+    "combine_blocks",
     "convolution_jvp",
     "cross_entropy_jvp",
     "embedding_jvp",
@@ -47,6 +50,7 @@ __all__ = [
     "linear_jvp",
     "linear_rows",
     "log_softmax_jvp",
+    "low_rank_combine",
     "max_pool_jvp",
     "mse_jvp",
     "narrow_convolution",

@@ -138,6 +138,12 @@ def gram_blocks(blocks: Tensor, k: int, numels: Sequence[int]) -> Tensor:
     return torch.stack([torch.empty(k, k, dtype=torch.float64), *(gram(part.view(k, n)) for part, n in parts)])[1:]
 
 
+def combine_blocks(blocks: Tensor, k: int, numels: Sequence[int], coefficients: Tensor) -> list[Tensor]:
+    """``V c`` of each block ``(k, numels[b])``: ``(numels[b],)``."""
+    parts = zip(blocks.double().split([k * n for n in numels]), numels, strict=True)
+    return [coefficients.double() @ part.view(k, n) for part, n in parts]
+
+
 def tangent_combine(
     state: Tensor,
     coefficients: Tensor,

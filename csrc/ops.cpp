@@ -40,7 +40,8 @@ STABLE_TORCH_LIBRARY(frog_cuda, m) {
   m.def(
       "linear_jvp(Tensor x, Tensor? dx, Tensor weight, Tensor? bias, Tensor? dweight, Tensor? dbias, Tensor? activity, "
       "Tensor? state, int k, int first, int distribution, int? weight_offset, int? bias_offset, int activation, float "
-      "alpha, float beta, bool want_gram) -> (Tensor y, Tensor dy, Tensor gram)");
+      "alpha, float beta, bool want_gram, Tensor? left=None, Tensor? right=None) -> (Tensor y, Tensor dy, Tensor "
+      "gram)");
   m.def("linear_rows(Tensor x, Tensor weight) -> Tensor");
   m.def("linear_gradient(Tensor gradient, Tensor x) -> Tensor");
   // pointwise

@@ -136,6 +136,8 @@ def linear_jvp(
     alpha: float,
     beta: float,
     want_gram: bool,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     side = k if want_gram else 0

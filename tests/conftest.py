@@ -13,7 +13,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Processes that share the cores (``-n``) take their part of them, rather than all."""
     worker = getattr(config, "workerinput", None)
     if worker is not None:
-        torch.set_num_threads(max(1, torch.get_num_threads() // worker["workercount"]))
+        threads = max(1, torch.get_num_threads() // worker["workercount"])
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of processes that tests start
         # A pytest that a test starts is no worker: pytest-benchmark would measure nothing there
         for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
             del os.environ[name]

@@ -96,7 +96,12 @@ SAMPLES: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
         dict(gram=_spd(3, 3, dtype=dtype), derivatives=_rand(3, 4, dtype=dtype), rtol=1e-7),
         dict(gram=_spd(2, 3, 3, dtype=dtype), derivatives=_rand(2, 3, 4, dtype=dtype), rtol=1e-7),
     ],
-    "linear_jvp": lambda dtype: [_linear(dtype, sampled=False), _linear(dtype, sampled=True)],
+    "linear_jvp": lambda dtype: [
+        _linear(dtype, sampled=False),
+        _linear(dtype, sampled=True),
+        _linear(dtype, sampled=False)
+        | dict(dweight=None, left=_rand(4, 2, 5, dtype=dtype), right=_rand(4, 7, 2, dtype=dtype).mT),
+    ],
     "pointwise_jvp": lambda dtype: [
         dict(x=_rand(5, 7, dtype=dtype), dx=_rand(3, 5, 7, dtype=dtype), activity=None, function=5, alpha=0.0, beta=0.0),
         dict(x=_rand(7, 5, dtype=dtype).T, dx=None, activity=_rand(3, 7, dtype=dtype), function=2, alpha=0.0, beta=0.0),

@@ -371,3 +371,22 @@ def test_layers_of_every_size_on_a_gpu(name, distribution):
             assert_close64(gram.cpu(), reference.gram(dw.flatten(1)), 1e-6)
             again = ops.linear_jvp(x.cuda(), None, weight.cuda(), activity=activity.cuda(), state=STATE.cuda(), **how)
             assert torch.equal(dy, again[1]), "the same bits every run"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", DTYPES)
+def test_factors_of_weight_tangents_on_a_gpu(name):
+    dtype, k, r = DTYPES[name], 3, 2
+    for rows, size, out in [(300, 784, 70), (5, 64, 64), (1, 1, 1), (0, 7, 9)]:
+        x, dx, weight = (
+            randn(rows, size, dtype=dtype),
+            randn(k, rows, size, dtype=dtype, seed=1),
+            randn(out, size, dtype=dtype, seed=2),
+        )
+        left, right = randn(k, r, out, dtype=dtype, seed=3), randn(k, r, size, dtype=dtype, seed=4)
+        for incoming in (None, dx):
+            given = dict(x=x, dx=incoming, weight=weight, left=left, right=right)
+            on_gpu = {n: None if t is None else t.cuda() for n, t in given.items()}
+            _, dy, _ = ops.linear_jvp(**on_gpu, k=k, activation="tanh")
+            _, own, _ = ops.linear_jvp(**given, k=k, activation="tanh")
+            check(dy.cpu(), own, reference.linear_jvp(**given, k=k, activation="tanh")[1], size)

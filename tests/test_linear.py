@@ -36,7 +36,7 @@ def arguments(
     tangent_dtype: torch.dtype | None = None,
     **other: Any,
 ) -> dict[str, Any]:
-    """Arguments for x of the given shape; weight and bias tangents are None, "given" or "sampled"."""
+    """Arguments for x of the given shape; weight and bias tangents: None, "given" or "sampled", or the weight's "factors"."""
     t = tangent_dtype or dtype
     made: dict[str, Any] = dict(
         x=randn(*shape, dtype=dtype, seed=1),
@@ -47,6 +47,8 @@ def arguments(
     )
     if weight == "given":
         made["dweight"] = randn(k, out, shape[-1], dtype=t, seed=5)
+    if weight == "factors":
+        made.update(left=randn(k, 2, out, dtype=t, seed=9), right=randn(k, 2, shape[-1], dtype=t, seed=10))
     if bias == "given":
         made["dbias"] = randn(k, out, dtype=t, seed=6)
     if activity == "shared":
@@ -97,6 +99,8 @@ def torch_own(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
             dy[i] += F.linear(a["dx"][i], w.to(dtype))
         if a.get("dweight") is not None:
             dy[i] += F.linear(x.to(dtype), a["dweight"][i].to(dtype))
+        if a.get("left") is not None:
+            dy[i] += F.linear(F.linear(x.to(dtype), a["right"][i].to(dtype)), a["left"][i].to(dtype).T)
         for name in ("dbias", "activity"):
             if a.get(name) is not None:
                 dy[i] += a[name][i].to(dtype)
@@ -122,7 +126,7 @@ def check(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 MIXES = [
     dict(dx=dx, weight=weight, bias=bias, activity=activity)
     for dx, weight, bias, activity in itertools.product(
-        (False, True), (None, "given", "sampled"), (None, "plain", "given", "sampled"), (None, "shared", "rows")
+        (False, True), (None, "given", "sampled", "factors"), (None, "plain", "given", "sampled"), (None, "shared", "rows")
     )
     if dx or weight or bias in ("given", "sampled") or activity
 ]
@@ -146,6 +150,8 @@ def test_odd_sizes(rows, size, out, dtype):
     for k in (1, 5):
         check(arguments(k, (rows, size), out, dtype, dx=True, **SAMPLED))
         check(arguments(k, (rows, size), out, dtype, activity="rows", **SAMPLED, first=3, distribution="rademacher"))
+        check(arguments(k, (rows, size), out, dtype, dx=True, weight="factors"))
+        check(arguments(k, (rows, size), out, dtype, weight="factors", bias="given"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -221,6 +227,17 @@ def test_a_chunk_of_tangents_is_part_of_the_whole():
     assert_close32(part[2].float(), whole[2][4:7, 4:7])
 
 
+@pytest.mark.parametrize("dx", [False, True])
+@pytest.mark.parametrize("tangent_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_chunk_of_factors_is_part_of_the_whole(tangent_dtype, dx):
+    given = arguments(8, (9, 300), 20, torch.float32, dx=dx, weight="factors", bias="given", tangent_dtype=tangent_dtype)
+    whole = ops.linear_jvp(**given)
+    for begin, count in ((0, 1), (4, 3)):
+        some = {n: given[n][begin : begin + count] for n in ("left", "right", "dbias", *(["dx"] if dx else []))}
+        part = ops.linear_jvp(**given | some | dict(k=count))
+        assert torch.equal(part[0], whole[0]) and torch.equal(part[1], whole[1][begin : begin + count])
+
+
 ACTIVATIONS = {
     "identity": (0.0, 0.0),
     "relu": (0.0, 0.0),
@@ -258,6 +275,8 @@ def test_activations(activation, dtype):
         dict(dx=True, weight="given", bias="given", activity="rows"),
         dict(dx=True, **SAMPLED),
         SAMPLED,
+        dict(dx=True, weight="factors", bias="given"),
+        dict(weight="factors"),
     ],
     ids=str,
 )
@@ -300,7 +319,7 @@ def test_low_precision_tangents_strided_activated_or_empty():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 7), (3, 0, 7), (5, 0), (40, 0), (0, 0)])
 def test_empty_batches_and_empty_features(shape, dtype):
-    for mix in (dict(dx=True, activity="rows"), dict(weight="given", bias="given"), SAMPLED):
+    for mix in (dict(dx=True, activity="rows"), dict(weight="given", bias="given"), dict(weight="factors", dx=True), SAMPLED):
         given = arguments(3, shape, 5, dtype, **mix)
         y, dy, gram = ops.linear_jvp(**given)
         assert y.shape == (*shape[:-1], 5) and dy.shape == (3, *shape[:-1], 5) and y.dtype == dtype
@@ -391,7 +410,25 @@ BAD = [
     (dict(weight_offset=0, state=STATE, first=-1), "first is -1"),
     (dict(weight_offset=0, state=torch.zeros(2)), "state has dtype Float"),
     (dict(weight_offset=0, state=torch.tensor([0, -1])), "step is -1"),
-    (dict(dx=None), "nothing is perturbed; give at least one of dx, dweight, dbias, activity, weight_offset, bias_offset"),
+    (dict(left=torch.ones(3, 2, 9)), "right is None; accepted are both factors of the weight's tangents, or none"),
+    (dict(right=torch.ones(3, 2, 7)), "left is None; accepted are both factors"),
+    (dict(left=torch.ones(3, 9), right=torch.ones(3, 7)), r"left has shape \(3, 9\), expected \(k, r, out\) with r >= 1"),
+    (
+        dict(left=torch.ones(3, 0, 9), right=torch.ones(3, 0, 7)),
+        r"left has shape \(3, 0, 9\), expected \(k, r, out\) with r >= 1",
+    ),
+    (dict(left=torch.ones(3, 2, 8), right=torch.ones(3, 2, 7)), r"left has shape \(3, 2, 8\), expected \(3, 2, 9\)"),
+    (dict(left=torch.ones(3, 2, 9), right=torch.ones(3, 1, 7)), r"right has shape \(3, 1, 7\), expected \(3, 2, 7\)"),
+    (dict(left=torch.ones(3, 1, 9), right=torch.ones(3, 1, 7, dtype=torch.int32)), "right has dtype Int"),
+    (
+        dict(left=torch.ones(3, 1, 9), right=torch.ones(3, 1, 7), dweight=torch.ones(3, 9, 7)),
+        "left is given, and so is dweight",
+    ),
+    (
+        dict(left=torch.ones(3, 1, 9), right=torch.ones(3, 1, 7), weight_offset=0, state=STATE),
+        "left is given, and so is weight_offset",
+    ),
+    (dict(dx=None), "nothing is perturbed; give .* dx, dweight, dbias, activity, weight_offset, bias_offset, left"),
 ]
 
 

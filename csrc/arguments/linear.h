@@ -16,6 +16,7 @@ struct LinearArguments {
   std::optional<int64_t> weight_offset, bias_offset;
   int64_t activation;
   double alpha, beta;
+  const std::optional<Tensor>&left, &right;
 
   bool sampled() const { return weight_offset || bias_offset; }
 
@@ -25,7 +26,8 @@ struct LinearArguments {
     body("x", x);
     body("weight", weight);
     const std::pair<const char*, const std::optional<Tensor>&> others[] = {
-        {"dx", dx}, {"bias", bias}, {"dweight", dweight}, {"dbias", dbias}, {"activity", activity}, {"state", state}};
+        {"dx", dx},       {"bias", bias}, {"dweight", dweight}, {"dbias", dbias}, {"activity", activity},
+        {"state", state}, {"left", left}, {"right", right}};
     for (const auto& [name, tensor] : others) {
       if (tensor) body(name, *tensor);
     }
@@ -50,10 +52,14 @@ inline LinearSizes check_linear(const char* op, const LinearArguments& a) {
   check_dtype(op, "weight", weight, x.scalar_type());
   STD_TORCH_CHECK(!(a.dweight && a.weight_offset), op,
                   ": dweight and weight_offset are both given; accepted is one of them");
+  STD_TORCH_CHECK(a.left.has_value() == a.right.has_value(), op, ": ", a.left ? "right" : "left",
+                  " is None; accepted are both factors of the weight's tangents, or none");
+  STD_TORCH_CHECK(!a.left || !(a.dweight || a.weight_offset), op, ": left is given, and so is ",
+                  a.dweight ? "dweight" : "weight_offset", "; accepted is one of them");
   STD_TORCH_CHECK(!(a.dbias && a.bias_offset), op, ": dbias and bias_offset are both given; accepted is one of them");
   STD_TORCH_CHECK(
-      a.dx || a.dweight || a.dbias || a.activity || a.sampled(), op,
-      ": nothing is perturbed; give at least one of dx, dweight, dbias, activity, weight_offset, bias_offset");
+      a.dx || a.dweight || a.dbias || a.activity || a.sampled() || a.left, op,
+      ": nothing is perturbed; give at least one of dx, dweight, dbias, activity, weight_offset, bias_offset, left");
   STD_TORCH_CHECK(a.activation >= 0 && a.activation <= 10, op, ": activation is ", a.activation,
                   "; accepted are 0 to 10");
   check_function(op, a.activation, a.alpha, a.beta);
@@ -76,6 +82,12 @@ inline LinearSizes check_linear(const char* op, const LinearArguments& a) {
   check("bias", a.bias, {s.out});
   check("dweight", a.dweight, {k, s.out, s.in});
   check("dbias", a.dbias, {k, s.out});
+  if (a.left) {
+    STD_TORCH_CHECK(a.left->dim() == 3 && a.left->size(1) >= 1, op, ": left has shape ", shape_string(*a.left),
+                    ", expected (k, r, out) with r >= 1");
+    check("left", a.left, {k, a.left->size(1), s.out});
+    check("right", a.right, {k, a.left->size(1), s.in});
+  }
   if (a.activity) {
     const Tensor& v = *a.activity;
     check_floating(op, "activity", v);

@@ -1,7 +1,7 @@
 // linear_jvp: y = act(x W^T + b) and k tangents dy_i = act'(.) (dx_i W^T + x dW_i^T + db_i + v_i).
 //
 // Incoming tangents fold k into the batch: the weight is read and packed once for the primal and all tangents, and sums
-// start from bias, sampled bias tangents or activity tangents (product.h). Few rows without tangents, and
+// start from bias, activity tangents and what tangents of low rank add (product.h). Few rows without tangents, and
 // machines without vector kernels, take the library's GEMM. y and dy are allocated next to each other for the next
 // layer's sake.
 //
@@ -14,6 +14,7 @@
 // of x.
 #include "../arguments/linear.h"
 #include "blocks.h"
+#include "linear_addends.h"
 #include "pointwise.h"
 #include "product.h"
 #include "simd/choice.h"
@@ -176,48 +177,12 @@ void add_sampled_weight(const DrawSpec& spec, int64_t k, int64_t offset, const T
 struct Arguments {
   Tensor x, weight;  // [rows, in], [out, in]
   std::optional<Tensor> dx, bias, dweight, dbias,
-      activity;  // [k, rows, in], [out], [k, out, in], [k, out], [k, S, out]
+      activity;                       // [k, rows, in], [out], [k, out, in], [k, out], [k, S, out]
+  std::optional<Tensor> left, inner;  // [k, r, out], [rows, k r]: dW_i = left_i^T right_i, x right_i^T
   std::optional<DrawSpec> spec;
   std::optional<int64_t> weight_offset, bias_offset;
   int64_t k, rows, in, out;
 };
-
-// What is added to the products, row by row of the buffer [1 + k, rows, out].
-template <class T>
-struct Addends {
-  int64_t rows, out, period;
-  const T *bias, *dbias, *activity;  // [out], [k, out], [k, period, out], each null where not given
-
-  bool any() const { return bias || dbias || activity; }
-  // `to` [n] becomes the addends of a row at columns o .. o + n
-  void start(int64_t row, int64_t o, int64_t n, T* to) const {
-    const int64_t i = row / rows - 1, r = row % rows;
-    const T* first = i < 0 ? bias : dbias ? dbias + i * out : nullptr;
-    const T* second = i >= 0 && activity ? activity + (i * period + r % period) * out : nullptr;
-    if (!first) std::swap(first, second);
-    if (second) {
-      for (int64_t j = 0; j < n; ++j) to[j] = first[o + j] + second[o + j];
-    } else if (first) {
-      std::copy(first + o, first + o + n, to);
-    } else {
-      std::fill(to, to + n, T(0));
-    }
-  }
-};
-
-// Rows from .. to of c [*, out]: += the addends, or = where `fresh`
-template <class T>
-void add_rows(const Addends<T>& addends, int64_t from, int64_t to, bool fresh, T* c) {
-  const int64_t out = addends.out, grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, out));
-  torch::stable::parallel_for(from, to, grain, [&](int64_t first, int64_t last) {
-    std::vector<T> row(fresh ? 0 : out);
-    for (int64_t r = first; r < last; ++r) {
-      T* target = c + r * out;
-      addends.start(r, 0, out, fresh ? target : row.data());
-      for (int64_t o = 0; !fresh && o < out; ++o) target[o] += row[o];
-    }
-  });
-}
 
 // Sampled tangents of the bias, [k, out]; empty where there are none. Their Gram matrix is added to gram_out, if given.
 template <class T>
@@ -241,8 +206,9 @@ Addends<T> addends_of(const Arguments& a, const std::vector<T>& drawn) {
   const auto data = [](const std::optional<Tensor>& t) {
     return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
   };
-  const int64_t period = a.activity ? a.activity->size(1) : 1;
-  return {a.rows, a.out, period, data(a.bias), drawn.empty() ? data(a.dbias) : drawn.data(), data(a.activity)};
+  const int64_t period = a.activity ? a.activity->size(1) : 1, r = a.left ? a.left->size(1) : 0;
+  return {a.rows,           a.out,        period,        data(a.bias), drawn.empty() ? data(a.dbias) : drawn.data(),
+          data(a.activity), data(a.left), data(a.inner), a.k,          r};
 }
 
 // dx W^T and what is added to it, [k * rows, out], for dx in bfloat16: by the library
@@ -251,7 +217,7 @@ Tensor low_product(const Arguments& a, const Tensor& dx, const Addends<float>& a
   Tensor dy = new_tensor(dx, {rows, a.out}, ScalarType::BFloat16);
   const Tensor wt = torch::stable::transpose(to_dtype(a.weight, ScalarType::BFloat16), 0, 1);
   mm_out(dy, torch::stable::view(as_contiguous(dx), {rows, a.in}), wt);
-  if (!addends.dbias && !addends.activity) return dy;
+  if (!addends.moves()) return dy;
   const Source<float> products(dy);
   const Sink<float> sums(dy);
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kWork / std::max<int64_t>(1, a.out)),
@@ -333,7 +299,7 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
   bool fresh = multiplied == rows;  // dy holds nothing yet
   if (fresh && addends.any()) {
     add_rows(addends, rows, (1 + k) * rows, true, y);
-    fresh = !(addends.dbias || addends.activity);
+    fresh = !addends.moves();
   }
   if (a.dweight) {
     const Tensor x_k = as_strided(a.x, {k, rows, in}, {0, in, 1}, a.x.storage_offset());
@@ -348,6 +314,21 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
   if (a.weight_offset) add_sampled_weight<T>(*a.spec, k, *a.weight_offset, x, rows, in, out, dy, fresh, gram_out);
 }
 
+// a w^T [rows, out], the sums of a row in the same order however many rows there are
+template <class T>
+Tensor times_rows(const Tensor& a, const Tensor& w) {
+  const int64_t rows = a.size(0), in = a.size(1), out = w.size(0);
+  Tensor y = new_tensor(a, {rows, out}, a.scalar_type());
+  if (!has_tile<T>()) {
+    mm_out(y, a, torch::stable::transpose(w, 0, 1));
+  } else {
+    product<T>({{static_cast<const T*>(a.const_data_ptr()), 0, rows}}, in, static_cast<const T*>(w.const_data_ptr()),
+               out, static_cast<T*>(y.mutable_data_ptr()),
+               [](int64_t, int64_t, int64_t n, T* to) { std::fill(to, to + n, T(0)); });
+  }
+  return y;
+}
+
 std::optional<Tensor> prepare(const std::optional<Tensor>& t, ScalarType compute) {
   if (!t) return std::nullopt;
   return as_contiguous(to_dtype(*t, compute));
@@ -359,9 +340,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
                                               const std::optional<Tensor>& state, int64_t k, int64_t first,
                                               int64_t distribution, std::optional<int64_t> weight_offset,
                                               std::optional<int64_t> bias_offset, int64_t activation, double alpha,
-                                              double beta, bool want_gram) {
-  const LinearArguments given{x, dx,    weight,       bias,          dweight,     dbias,      activity, state,
-                              k, first, distribution, weight_offset, bias_offset, activation, alpha,    beta};
+                                              double beta, bool want_gram, const std::optional<Tensor>& left,
+                                              const std::optional<Tensor>& right) {
+  const LinearArguments given{x,           dx,         weight, bias,  dweight,      dbias,
+                              activity,    state,      k,      first, distribution, weight_offset,
+                              bias_offset, activation, alpha,  beta,  left,         right};
   given.for_each([](const char* name, const Tensor& t) { check_cpu(kOp, name, t); });
   const auto [rows, in, out, period, y_shape, dy_shape] = check_linear(kOp, given);
   const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -377,6 +360,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   a.dweight = prepare(dweight, compute);
   a.dbias = prepare(dbias, compute);
   if (activity) a.activity = torch::stable::view(*prepare(activity, compute), {k, period, out});
+  if (left) {
+    const Tensor factor = torch::stable::view(*prepare(right, compute), {k * left->size(1), in});
+    a.left = prepare(left, compute);
+    a.inner = compute == ScalarType::Double ? times_rows<double>(a.x, factor) : times_rows<float>(a.x, factor);
+  }
   if (given.sampled()) a.spec = draw_spec(kOp, *state, k, first, distribution);
   a.weight_offset = weight_offset, a.bias_offset = bias_offset;
 
@@ -385,7 +373,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   double* gram_out = want_gram ? static_cast<double*>(gram_matrix.mutable_data_ptr()) : nullptr;
   if (low) {
     Arguments value = a;
-    value.k = 0, value.dbias.reset(), value.activity.reset(), value.bias_offset.reset();
+    value.k = 0, value.dbias.reset(), value.activity.reset(), value.bias_offset.reset(), value.left.reset();
     Tensor y = new_tensor(x, {1, rows, out}, compute);
     linear<float>(value, y, nullptr);
     Tensor dy = low_tangents(a, *dx, gram_out);
@@ -405,7 +393,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   return {to_dtype(y, x.scalar_type()), to_dtype(dy, dx ? dx->scalar_type() : x.scalar_type()), gram_matrix};
 }
 
-// x [*, in], weight [out, in] -> x weight^T, the sums of a row in the same order however many rows there are.
+// x [*, in], weight [out, in] -> x weight^T
 Tensor linear_rows(const Tensor& x, const Tensor& weight) {
   const char* op = "linear_rows";
   check_cpu(op, "x", x);
@@ -418,22 +406,7 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight) {
   shape.back() = out;
   const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Tensor a = torch::stable::view(*prepare(x, compute), {rows, in}), w = *prepare(weight, compute);
-  Tensor y = new_tensor(x, {rows, out}, compute);
-  const auto multiply = [&](auto zero) {
-    using T = decltype(zero);
-    if (!has_tile<T>()) {
-      mm_out(y, a, torch::stable::transpose(w, 0, 1));
-      return;
-    }
-    product<T>({{static_cast<const T*>(a.const_data_ptr()), 0, rows}}, in, static_cast<const T*>(w.const_data_ptr()),
-               out, static_cast<T*>(y.mutable_data_ptr()),
-               [](int64_t, int64_t, int64_t n, T* to) { std::fill(to, to + n, T(0)); });
-  };
-  if (compute == ScalarType::Double) {
-    multiply(double{});
-  } else {
-    multiply(float{});
-  }
+  const Tensor y = compute == ScalarType::Double ? times_rows<double>(a, w) : times_rows<float>(a, w);
   return to_dtype(torch::stable::view(y, shape), x.scalar_type());
 }
 

@@ -1,9 +1,9 @@
 // linear_jvp: y = act(x W^T + b) and k tangents dy_i = act'(.) (dx_i W^T + x dW_i^T + db_i + v_i); csrc/cpu/linear.cpp
 // is its twin.
 //
-// Products with the weight and with supplied weight tangents are the library's, incoming tangents as k * rows rows at
-// once. Products with sampled weight tangents are kernels/linear.cuh's, which also add the rest and apply the slope.
-// Tangents are computed in the dtype of dy: dx's where given, else x's.
+// Products with the weight and with supplied weight tangents or their factors are the library's, incoming tangents as k
+// * rows rows at once. Products with sampled weight tangents are kernels/linear.cuh's, which also add the rest and
+// apply the slope. Tangents are computed in the dtype of dy: dx's where given, else x's.
 #include "kernels/linear.cuh"
 
 #include "../arguments/linear.h"
@@ -87,13 +87,22 @@ Tensor tangents(const LinearArguments& a, const LinearSizes& s, const std::optio
     filled = true;
   }
   Tensor x;  // [rows, in]
-  if (a.dweight || a.weight_offset) x = torch::stable::view(dense_as(a.x, type), {rows, in_});
+  if (a.dweight || a.weight_offset || a.left) x = torch::stable::view(dense_as(a.x, type), {rows, in_});
   std::optional<Tensor> product;
   if (a.dweight) {
     const Tensor x_k = as_strided(x, {k, rows, in_}, {0, in_, 1}, x.storage_offset());
     const Tensor dweight = torch::stable::transpose(dense_as(*a.dweight, type), 1, 2);  // [k, in, out]
     if (filled) product = new_on(a.x, {k, rows, out_}, type);
     bmm_out(filled ? *product : dy, x_k, dweight);
+    filled = true;
+  }
+  if (a.left) {  // (x right_i^T) left_i
+    const int64_t r = a.left->size(1);
+    const Tensor right = torch::stable::view(dense_as(*a.right, type), {k * r, in_});
+    Tensor inner = new_on(a.x, {rows, k * r}, type);
+    mm_out(inner, x, torch::stable::transpose(right, 0, 1));
+    if (filled) product = new_on(a.x, {k, rows, out_}, type);
+    bmm_out(filled ? *product : dy, as_strided(inner, {k, rows, r}, {r, k * r, 1}, 0), dense_as(*a.left, type));
     filled = true;
   }
   if (a.weight_offset && a.distribution == kStandardBasis) {
@@ -144,9 +153,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
                                               const std::optional<Tensor>& state, int64_t k, int64_t first,
                                               int64_t distribution, std::optional<int64_t> weight_offset,
                                               std::optional<int64_t> bias_offset, int64_t activation, double alpha,
-                                              double beta, bool want_gram) {
-  const LinearArguments a{x, dx,    weight,       bias,          dweight,     dbias,      activity, state,
-                          k, first, distribution, weight_offset, bias_offset, activation, alpha,    beta};
+                                              double beta, bool want_gram, const std::optional<Tensor>& left,
+                                              const std::optional<Tensor>& right) {
+  const LinearArguments a{x,     dx,           weight,        bias,        dweight,    dbias, activity, state, k,
+                          first, distribution, weight_offset, bias_offset, activation, alpha, beta,     left,  right};
   a.for_each([&](const char* name, const Tensor& t) { check_same_device(kOp, name, t, x); });
   const LinearSizes s = check_linear(kOp, a);
   STD_TORCH_CHECK(k <= kMostTangents, kOp, ": k is ", k, "; accepted on a GPU are up to ", kMostTangents, " tangents");

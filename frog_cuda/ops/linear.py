@@ -29,6 +29,8 @@ def linear_jvp(
     alpha: float = 0.0,
     beta: float = 0.0,
     want_gram: bool = False,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y = act(x W^T + b)`` and its k tangents ``dy_i = act'(.) * (dx_i W^T + x dW_i^T + db_i + v_i)``.
 
@@ -36,6 +38,8 @@ def linear_jvp(
         x: ``(*, in)``.  dx: ``(k, *, in)`` or None where nothing upstream is perturbed.
         weight: ``(out, in)``.  bias: ``(out,)`` or None.
         dweight, dbias: supplied tangents ``(k, out, in)``, ``(k, out)``.
+        left, right: in place of ``dweight``, factors ``(k, r, out)`` and ``(k, r, in)`` of ``dW_i = left_i^T right_i``, never
+            multiplied out.
         activity: an activity tangent added before the activation, ``(k, *s, out)`` with ``s`` a suffix of ``*`` (empty: shared
             by every row).
         state, weight_offset, bias_offset, first, distribution: sampled tangents of weight and bias, as in
@@ -46,7 +50,7 @@ def linear_jvp(
     Returns:
         y ``(*, out)``; dy ``(k, *, out)`` in ``dx``'s dtype where given, else ``x``'s; gram float64 ``(k, k)``, or ``(0, 0)``.
     """
-    _guard("linear_jvp", x, dx, weight, bias, dweight, dbias, activity)
+    _guard("linear_jvp", x, dx, weight, bias, dweight, dbias, activity, left, right)
     act = _code(POINTWISE, "activation", activation)
     code = _code(DISTRIBUTIONS, "distribution", distribution)
     with _AutoDispatchBelowAutograd():
@@ -68,6 +72,8 @@ def linear_jvp(
             alpha,
             beta,
             want_gram,
+            left,
+            right,
         )
 
 

@@ -30,12 +30,17 @@ def linear_jvp(
     alpha: float = 0.0,
     beta: float = 0.0,
     want_gram: bool = False,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y = act(x W^T + b)``, ``dy_i = act'(.) (dx_i W^T + x dW_i^T + db_i + v_i)``, Gram of the sampled ``[dW, db]``."""
     out = weight.shape[0]
     x, w = x.double(), weight.double()
     total = torch.zeros(k if want_gram else 0, k if want_gram else 0, dtype=torch.float64)
     how: dict[str, Any] = {"first": first, "distribution": distribution}
+    if left is not None:
+        assert right is not None
+        dweight = left.double().mT @ right.double()
     if weight_offset is not None:
         assert state is not None
         dweight = sample_tangents(state, k, weight.numel(), offset=weight_offset, **how).view(k, *weight.shape)

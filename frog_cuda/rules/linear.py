@@ -29,18 +29,18 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         x, dx, activity = input._primal, input._tangents, input._activity
         if input.sampled is not None:
             dx = input.tangents
-    if type(weight) is DualTensor and isinstance(weight.sampled, Factors):
-        return _low_rank(input, weight._primal, weight.sampled, bias)
     sampled: Any  # SampledTangents, or None; a bias, being a vector, has no factors
     b_sampled: Any
-    w, dw, sampled = weight, None, None
+    w, dw, sampled, factors = weight, None, None, None
     if type(weight) is DualTensor:
         if weight.k != k:
             if k:
                 raise _k_mismatch("linear", k, weight.k)
             k = weight.k
         w, sampled = weight._primal, weight.sampled
-        if sampled is None:
+        if isinstance(sampled, Factors):
+            sampled, factors = None, sampled
+        elif sampled is None:
             dw = weight._tangents if weight._activity is None else weight.tangents
     b, db, b_sampled = bias, None, None
     if type(bias) is DualTensor:
@@ -51,6 +51,10 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         b, b_sampled = bias._primal, bias.sampled
         if b_sampled is None:
             db = bias._tangents if bias._activity is None else bias.tangents
+        elif b_sampled.stored is not None:
+            if b_sampled.touched is not None:
+                b_sampled.touched.add(b_sampled.offset)
+            db, b_sampled = b_sampled.stored, None
     if w.layout is not torch.strided and w.dim() == 2:
         out = torch.matmul(input, w.t())
         return out if bias is None else out + bias
@@ -69,13 +73,19 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     product = None  # of tangents that were multiplied beforehand
     if dx is not None and float8.takes(dx, w):
         product, dx = float8.product(dx, w), None
+    left, right = None, None
+    if factors is not None:
+        factors.touch()
+        left, right = factors.left if factors.r == 1 else factors.left * factors.scale, factors.right
     # A single draw serves both parameters where they come from the same set of tangents
     source = sampled if sampled is not None else b_sampled
     if source is None:
-        if dx is None and dw is None and db is None and activity is None:
+        if dx is None and dw is None and db is None and activity is None and factors is None:
             y = F.linear(x, w, b)
             return y if product is None else _make(y, product, k)
-        y, dy, _ = _linear_jvp(x, dx, w, b, dw, db, activity, None, k, 0, 0, None, None, _IDENTITY, 0.0, 0.0, False)
+        y, dy, _ = _linear_jvp(
+            x, dx, w, b, dw, db, activity, None, k, 0, 0, None, None, _IDENTITY, 0.0, 0.0, False, left, right
+        )
         if dx is None and product is None:  # the operator gives what no tangent of the input tells in the value's dtype
             low = low_dtype(input, weight, bias)
             dy = dy if low is None else dy.to(low)
@@ -109,6 +119,8 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         0.0,
         0.0,
         want_gram,
+        left,
+        right,
     )
     if uncounted:
         empty = x.new_empty(0, w.shape[1])
@@ -120,37 +132,6 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if dx is None and source.dtype is not None:
         dy = dy.to(source.dtype)
     return _make(y, dy if product is None else product.add_(dy), k)
-
-
-def _low_rank(input: Any, weight: Tensor, factors: Factors, bias: Any) -> Any:
-    """``x (A_i B_i^T)^T = (x B_i) A_i^T``: r (in + out) operations a row instead of in * out."""
-    k, r = factors.k, factors.r
-    if type(input) is DualTensor and input.k != k:
-        raise _k_mismatch("linear", input.k, k)
-    if type(bias) is DualTensor and bias.k != k:
-        raise _k_mismatch("linear", bias.k, k)
-    out = F.linear(input, weight, bias)
-    factors.touch()
-    x = (input._primal if type(input) is DualTensor else input).to(factors.dtype)
-    rows = x.reshape(-1, x.shape[-1])  # (R, in)
-    inner = rows_times(rows, factors.right.flatten(0, 1)).view(-1, k, r).transpose(0, 1)  # (k, R, r)
-    if type(out) is not DualTensor:
-        moved = torch.bmm(*_several(inner, factors.left))[:k].mul_(factors.scale)
-        return _make(out, moved.view(k, *out.shape), k)
-    moved = out.tangents.view(k, -1, out.shape[-1])  # (k, R, out)
-    inner, left = inner.to(moved.dtype), factors.left.to(moved.dtype)
-    if r == 1:  # one pass over the result, where a product with inner dimension 1 would take several
-        moved.addcmul_(inner, left)
-    elif k == 1 and moved.is_cpu:
-        moved.copy_(torch.baddbmm(*_several(moved, inner, left), alpha=factors.scale)[:1])
-    else:
-        moved.baddbmm_(inner, left, alpha=factors.scale)
-    return out
-
-
-def _several(*tensors: Tensor) -> list[Tensor]:
-    """At least two matrices each, on CPUs: libraries take another path for a single one, whose bits would tell."""
-    return [t if len(t) > 1 or not t.is_cpu else t.expand(2, *t.shape[1:]) for t in tensors]
 
 
 def _same_set(a: SampledTangents, b: SampledTangents) -> bool:

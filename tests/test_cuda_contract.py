@@ -22,7 +22,7 @@ BUILT = bool(frog_cuda.build_info()["cuda"]) and torch.version.cuda is not None
 #: operators that lay their results out differently on a GPU: on the CPU, heads are left so that they can be joined
 OTHER_STRIDES = {"attention_jvp"}
 #: stems whose CUDA operators only call the library, so that there is no kernel to run on the host
-LIBRARY_ONLY = {"convolution"}
+LIBRARY_ONLY = {"convolution", "low_rank"}
 
 
 def registered() -> dict[str, str]:

@@ -14,7 +14,7 @@ std::vector<Tensor> low_rank_combine(const Tensor& given, int64_t k, int64_t r, 
   const OnDevice current(given);
   const int64_t rows = k * r;
   const ScalarType compute = given.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor factors = as_contiguous(to_dtype(given, compute));
+  Tensor factors = as_contiguous(to_dtype(given, compute));
   const Tensor weights = torch::stable::view(as_contiguous(to_dtype(coefficients, compute)), {k, 1});
   int64_t left_at = 0, right_at = 0;
   for (const int64_t height : heights) right_at += rows * height;

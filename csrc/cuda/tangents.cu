@@ -107,7 +107,7 @@ std::vector<Tensor> combine_blocks(const Tensor& given, int64_t k, std::vector<i
   check_combine_blocks(op, given, k, numels, coefficients);
   const OnDevice current(given);
   const ScalarType compute = given.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const Tensor blocks = as_contiguous(to_dtype(given, compute));
+  Tensor blocks = as_contiguous(to_dtype(given, compute));
   const Tensor c = torch::stable::view(as_contiguous(to_dtype(coefficients, compute)), {1, k});
   std::vector<Tensor> results;
   results.reserve(numels.size());

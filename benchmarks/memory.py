@@ -36,6 +36,7 @@ def peak_growth(method: str, model: str, k: int) -> int:
     that keeps no gradient.
 
     Raises:
+        cases.Unsuitable: the method is not for this model.
         RuntimeError: the process that measured died.
     """
     from problems import tiny
@@ -64,7 +65,12 @@ def _in_a_process(what: str, prepare: Prepare, arguments: tuple[str, Any, int], 
     process.start()
     send.close()
     try:
-        return receive.recv()
+        found = receive.recv()
+        if isinstance(found, str):
+            from cases import Unsuitable
+
+            raise Unsuitable(found)
+        return found
     except EOFError:
         process.join()
         raise RuntimeError(f"memory of {what}: the process ended with code {process.exitcode}") from None
@@ -95,11 +101,16 @@ def _embedding(name: str, rows: int, k: int) -> Callable[[], object]:
 
 def _measure(send: Connection, prepare: Prepare, arguments: tuple[str, Any, int], small: Any) -> None:
     import torch
+    from cases import Unsuitable
 
     name, size, k = arguments
     torch.manual_seed(0)
-    prepare(name, small, k)()
-    call = prepare(name, size, k)
+    try:
+        prepare(name, small, k)()
+        call = prepare(name, size, k)
+    except Unsuitable as reason:
+        send.send(str(reason))
+        return
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     CLEAR.write_text("5")

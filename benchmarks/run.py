@@ -230,7 +230,12 @@ def run_memory(options: argparse.Namespace, known: list[Record]) -> Iterator[Rec
                 print("peak memory: no time left", file=sys.stderr)
                 return
             print(f"peak memory: {name}, {model}, k {k}", file=sys.stderr)
-            yield {"table": "memory", "model": model, "method": name, "k": k, "bytes": memory.peak_growth(name, model, k)}
+            try:
+                grown = memory.peak_growth(name, model, k)
+            except cases.Unsuitable as reason:
+                print(f"peak memory: left out, {reason}", file=sys.stderr)
+                continue
+            yield {"table": "memory", "model": model, "method": name, "k": k, "bytes": grown}
 
 
 def run_attention_memory(options: argparse.Namespace) -> Iterator[Record]:

@@ -47,8 +47,10 @@ def test_the_suite_runs_on_tiny_models_in_pieces(tmp_path: Path) -> None:
             assert r["flops"] > 0 and -1 <= r["cosine"] <= 1.0001 and r["measured"]
             assert r["cosine_per_second"] == pytest.approx(r["cosine"] / r["time"])
 
-    done = run(*tiny, "--parts", "memory,attention", "--models", "tiny-vit", "--k", "2", "--lengths", "64", out=tmp_path)
+    parts = ["--parts", "memory,attention", "--models", "tiny-vit,tiny-gpt", "--k", "2", "--lengths", "64"]
+    done = run(*tiny, *parts, out=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "left out, each layer of this model is a group" in done.stderr  # whose gradients were not measured before
     both = results(tmp_path)["cases"]
     assert both[: len(first)] == first  # a later piece adds
     assert {(r["length"], r["k"]) for r in both if r["table"] == "attention"} == {(64, 1), (64, 4)}

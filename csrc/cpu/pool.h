@@ -21,7 +21,7 @@ namespace frog {
 class Pool {
  public:
   static constexpr size_t kSmallest = size_t{64} << 10;  // bytes; what is smaller the C library keeps by itself
-  static constexpr size_t kSlack = size_t{1} << 20;  // bytes kept beyond what was needed at its most and a sixteenth
+  static constexpr size_t kSlack = size_t{1} << 19;  // bytes kept beyond what was needed at its most and a 32nd
 
   enum class State {
     kUsed,     // a result
@@ -102,7 +102,7 @@ class Pool {
       become(place->after, State::kUsed);
       absorb_next(place);
     }
-    const size_t most = most_used_ + most_used_ / 16 + kSlack;
+    const size_t most = most_used_ + most_used_ / 32 + kSlack;
     shrink(most - std::min(most, used_));
     return place;
   }

@@ -97,7 +97,7 @@ class Layout:
     LONGEST = 1 << 12
 
     def __init__(self, pieces: Sequence[Piece], r: int) -> None:
-        self.r, self.pieces = r, pieces
+        self.r, self.pieces = r, list(pieces)
         self.matrices = [p for p in pieces if factored(p.shape, r)]
         self.short = [p for p in pieces if not factored(p.shape, r) and p.numel <= self.LONGEST]
         heights = [p.shape[0] for p in self.matrices]
@@ -157,7 +157,8 @@ class Drawn:
         heights, widths = layout.sides[:count], layout.sides[count:]
         matrices = ops.low_rank_combine(self._factors, self.k, layout.r, heights, widths, coefficients * layout.r**-0.5)
         vectors = ops.combine_blocks(self._full, self.k, layout.short_numels, coefficients)
-        return {place: g.view(place[1]) for place, g in zip(layout.places, [*matrices, *vectors], strict=True)}
+        pieces = [*layout.matrices, *layout.short]
+        return {(p.offset, p.shape): g.view(p.shape) for p, g in zip(pieces, [*matrices, *vectors], strict=True)}
 
     def gram(self, piece: Piece) -> Tensor | None:
         """``<v_i, v_j>``, float64 (k, k); None where the tangents are not here."""

@@ -246,17 +246,18 @@ class TangentSet:
     def combine_each(
         self, pieces: Sequence[Piece], coefficients: Tensor, dtypes: Sequence[torch.dtype]
     ) -> Iterator[tuple[Piece, Tensor]]:
-        """The same of several pieces, to the bit; those of low rank in one call, where all take part."""
+        """The same of several pieces, to the bit; those of low rank in one call, where all take part. In low precision one
+        after the other, so that there is no second gradient, in float32."""
         found: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-        wide = {_at_least_float32(dtype) for dtype in dtypes}
-        if isinstance(self.distribution, LowRank) and len(pieces) == len(self._layout.pieces) and len(wide) == 1:
-            found = self._of_low_rank(wide.pop()).combine(coefficients)
+        if isinstance(self.distribution, LowRank) and len(pieces) == len(self._layout.pieces):
+            if set(dtypes) in ({torch.float32}, {torch.float64}):
+                found = self._of_low_rank(dtypes[0]).combine(coefficients)
         for piece, dtype in zip(pieces, dtypes, strict=True):
             combined = found.pop((piece.offset, piece.shape), None)
             if combined is None or piece.fixed_row is not None:
                 yield piece, self.combine(piece, coefficients, dtype)
             else:
-                yield piece, combined if combined.dtype == dtype else combined.to(dtype)
+                yield piece, combined
 
     def _combined(self, piece: Piece, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         if self.stored is not None:

@@ -21,7 +21,7 @@ namespace frog {
 class Pool {
  public:
   static constexpr size_t kSmallest = size_t{64} << 10;  // bytes; what is smaller the C library keeps by itself
-  static constexpr size_t kSlack = size_t{1} << 19;  // bytes kept beyond what was needed at its most and a 32nd
+  static constexpr size_t kSlack = size_t{1} << 19;      // bytes kept beyond what was needed at its most and a 32nd
 
   enum class State {
     kUsed,     // a result

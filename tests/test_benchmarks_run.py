@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -47,10 +48,8 @@ def test_the_suite_runs_on_tiny_models_in_pieces(tmp_path: Path) -> None:
             assert r["flops"] > 0 and -1 <= r["cosine"] <= 1.0001 and r["measured"]
             assert r["cosine_per_second"] == pytest.approx(r["cosine"] / r["time"])
 
-    parts = ["--parts", "memory,attention", "--models", "tiny-vit,tiny-gpt", "--k", "2", "--lengths", "64"]
-    done = run(*tiny, *parts, out=tmp_path)
+    done = run(*tiny, "--parts", "memory,attention", "--models", "tiny-vit", "--k", "2", "--lengths", "64", out=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "left out, each layer of this model is a group" in done.stderr  # whose gradients were not measured before
     both = results(tmp_path)["cases"]
     assert both[: len(first)] == first  # a later piece adds
     assert {(r["length"], r["k"]) for r in both if r["table"] == "attention"} == {(64, 1), (64, 4)}
@@ -94,6 +93,52 @@ def test_bad_options_are_named(
     with pytest.raises(SystemExit, match="2"):
         command.arguments()
     assert message in capsys.readouterr().err
+
+
+def test_memory_of_a_method_that_does_not_suit_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is left out, and what comes after it is measured."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import argparse
+
+    import cases
+    import memory
+    import run as command
+
+    def grown(name: str, model: str, k: int) -> int:
+        if name == "activity, groups":
+            raise cases.Unsuitable("each layer of this model is a group")
+        return 1
+
+    monkeypatch.setattr(memory, "peak_growth", grown)
+    options = argparse.Namespace(models=["tiny-gpt"], k=[1], quick=False, deadline=None)
+    names = [r["method"] for r in command.run_memory(options, [])]
+    assert "activity, groups" not in names and {"activity", "MeZO"} <= set(names)
+    assert "left out, each layer of this model is a group" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured on Linux")
+def test_the_process_that_measures_says_what_does_not_suit(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+import cases, memory
+if __name__ == "__main__":
+    try:
+        memory.peak_growth("activity, groups", "tiny-gpt", 1)
+    except cases.Unsuitable as reason:
+        print(reason)
+"""
+    (tmp_path / "measure.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "measure.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout == "each layer of this model is a group\n", done.stderr[-2000:]
 
 
 def test_a_case_that_was_left_out_replaces_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

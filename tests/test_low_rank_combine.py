@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import assert_as_good_as_torch, assert_close32, assert_close64
 
+import frog_cuda
 from frog_cuda import ops, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -61,10 +62,10 @@ def test_a_matrix_is_the_same_whatever_stands_beside_it(dtype):
 
 
 def test_results_are_tensors_of_their_own():
-    a, b = ops.low_rank_combine(torch.randn(2 * 400), 2, 1, [100, 100], [100, 100], torch.randn(2))
+    a, b = ops.low_rank_combine(torch.randn(2 * 800), 2, 1, [200, 200], [200, 200], torch.randn(2))
     before = b.clone()
     a.zero_()
-    assert torch.equal(b, before) and a.untyped_storage().nbytes() == b.untyped_storage().nbytes() == 40_000
+    assert torch.equal(b, before) and a.untyped_storage().nbytes() == b.untyped_storage().nbytes() == 160_000
 
 
 @pytest.mark.parametrize(
@@ -90,11 +91,12 @@ def test_bad_input(change, match):
         ops.low_rank_combine(**arguments | change)
 
 
+@pytest.mark.skipif(frog_cuda.build_info()["simd"] == "baseline", reason="the library's products")
 def test_threads_change_no_bit():
     found = []
     threads = torch.get_num_threads()
     try:
-        for count, name in itertools.product((1, threads), ("several", "wide")):
+        for count, name in itertools.product((1, 3), ("several", "wide")):
             torch.set_num_threads(count)
             found.append(ops.low_rank_combine(*operands(5, 2, name, torch.float32)))
     finally:

@@ -191,14 +191,16 @@ def test_no_trial_is_taken_twice(tmp_path: Path) -> None:
     assert sorted(taken) == list(range(32))
 
 
-@pytest.mark.parametrize("content", [b"SQLite format 3\0", b"lr\n0.5\n", b'{"lr": 0.5}\n', None])
+@pytest.mark.parametrize("content", [b"SQLite format 3\0", b"lr\n0.5\n", b'{"lr": 0.5}\n', b'{"lr": 0.5}', None])
 def test_storage_that_is_something_else(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "other"
     if content is None:
         path.mkdir()
     else:
         path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"--storage is '.*other', which is no journal of Optuna; choose another file"):
+    with pytest.raises(
+        UsageError, match=r"--storage is '.*other', which is no journal of Optuna, or a damaged one; choose another file"
+    ):
         Search(1e-4, 10.0, 7, path).study(TRAINING)
     assert content is None or path.read_bytes() == content
 

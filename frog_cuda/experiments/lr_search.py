@@ -139,11 +139,14 @@ class Search:
         """A journal, not a database: of SQLite, two processes at times take the same trial, and the second one then fails."""
         (optuna,) = require("optuna")
         journal = optuna.storages.journal
-        other = UsageError(f"--storage is {str(self.storage)!r}, which is no journal of Optuna; choose another file")
+        what = "which is no journal of Optuna, or a damaged one"
+        other = UsageError(f"--storage is {str(self.storage)!r}, {what}; choose another file")
         if self.storage.is_file():
             with self.storage.open("rb") as file:
-                if file.read(1) not in (b"", b"{"):  # Optuna itself takes a file without a line for an empty journal
-                    raise other
+                start = file.readline()
+            # Optuna itself takes a file without a whole line for an empty journal, and would append to it
+            if start and not (start.startswith(b'{"op_code"') and start.endswith(b"\n")):
+                raise other
         try:
             return optuna.storages.JournalStorage(journal.JournalFileBackend(str(self.storage)))
         except (ValueError, KeyError, IsADirectoryError) as error:

@@ -2,12 +2,13 @@
 // of this size back to the system and gets it anew, page by page, which was measured to cost 30 % of an
 // activity-perturbed gradient of a 784-256-256-10 net. So what is freed waits here for the next result.
 //
-// All of it lies in one range of addresses, as large as the machine's memory: addresses cost nothing until they are
-// written to. In one range all neighbours that are free grow together, so what a wide layer has left serves narrow ones
-// and the other way round, and pages go back to the system wherever they lie.
+// All of it lies in one range of addresses, as large as the machine's memory, or smaller where a process may have few:
+// addresses cost no memory until they are written to. In one range all neighbours that are free grow together, so what
+// a wide layer has left serves narrow ones and the other way round, and pages go back to the system wherever they lie.
 #pragma once
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -22,6 +23,8 @@ class Pool {
  public:
   static constexpr size_t kSmallest = size_t{64} << 10;  // bytes; what is smaller the C library keeps by itself
   static constexpr size_t kSlack = size_t{1} << 19;      // bytes kept beyond what was needed at its most and a 32nd
+
+  static constexpr size_t kSmallestRange = size_t{1} << 30;
 
   enum class State {
     kUsed,     // a result
@@ -73,9 +76,19 @@ class Pool {
   Pool() : page_(static_cast<size_t>(std::max(sysconf(_SC_PAGESIZE), 1L))) {
     const size_t memory = static_cast<size_t>(std::max(sysconf(_SC_PHYS_PAGES), 0L)) * page_;
     most_kept_ = std::clamp(memory / 16, size_t{128} << 20, size_t{512} << 20);
-    void* data =
-        mmap(nullptr, memory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, /*fd=*/-1, 0);
-    if (data != MAP_FAILED) first_ = new Piece{static_cast<char*>(data), memory, State::kEmpty};
+    size_t size = memory;
+    for (const auto limited : {RLIMIT_AS, RLIMIT_DATA}) {  // of which others need most
+      rlimit limit{};
+      if (getrlimit(limited, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
+        size = std::min(size, static_cast<size_t>(limit.rlim_cur) / 4);
+      }
+    }
+    for (; first_ == nullptr && size >= kSmallestRange; size /= 2) {
+      size = size / page_ * page_;
+      void* data =
+          mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, /*fd=*/-1, 0);
+      if (data != MAP_FAILED) first_ = new Piece{static_cast<char*>(data), size, State::kEmpty};
+    }
   }
 
   static size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
@@ -133,8 +146,8 @@ class Pool {
   // Cuts a piece behind `size` bytes, and says so. A rest that is too small for a result stays a part of it.
   bool cut(Piece* piece, size_t size) {
     if (piece->size < size + kSmallest) return false;
-    leave(piece);
     Piece* rest = new Piece{piece->data + size, piece->size - size, piece->state, piece, piece->after};
+    leave(piece);
     if (rest->after) rest->after->before = rest;
     piece->after = rest;
     piece->size = size;

@@ -68,6 +68,10 @@ def combine_blocks(blocks: Tensor, k: int, numels: list[int], coefficients: Tens
 def low_rank_combine(
     factors: Tensor, k: int, r: int, heights: list[int], widths: list[int], coefficients: Tensor
 ) -> list[Tensor]:
+    if len(heights) != len(widths):
+        raise RuntimeError(
+            f"low_rank_combine: widths has {len(widths)} elements, expected {len(heights)}, one for each of heights"
+        )
     return [factors.new_empty(shape) for shape in zip(heights, widths, strict=True)]
 
 

@@ -61,6 +61,12 @@ def test_a_matrix_is_the_same_whatever_stands_beside_it(dtype):
         assert torch.equal(m, ops.low_rank_combine(alone, k, r, heights[i : i + 1], widths[i : i + 1], c)[0])
 
 
+def test_the_fake_refuses_lengths_that_differ():
+    with pytest.raises(RuntimeError, match="low_rank_combine: widths has 2 elements, expected 1, one for each of heights"):
+        meta = torch.zeros(15, device="meta")
+        ops.low_rank_combine(meta, 1, 1, [4], [5, 6], torch.ones(1, device="meta"))
+
+
 def test_results_are_tensors_of_their_own():
     a, b = ops.low_rank_combine(torch.randn(2 * 800), 2, 1, [200, 200], [200, 200], torch.randn(2))
     before = b.clone()

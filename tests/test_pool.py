@@ -122,17 +122,18 @@ print(torch.equal(result(1 << 15), small[0]))
 
 
 def test_a_limit_leaves_most_addresses_to_others_and_results_are_kept():
-    """Of 8 GiB and what is in use, the range takes a quarter: results come back to their place, and torch gets 4 GiB."""
+    """Of 8 GiB and what is in use, the range takes a quarter: a result finds its 16384 pages there, and torch gets 4 GiB."""
     code = """
 import resource
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 30),) * 2)
-a = result(1 << 24)
-address = a.data_ptr()
-del a
-print(result(1 << 24).data_ptr() == address, torch.empty(1 << 30).numel() == 1 << 30)
+result(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+result(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, torch.empty(1 << 30).numel() == 1 << 30)
 """
-    assert run(code) == ["True", "True"]
+    faults, others = run(code)
+    assert int(faults) < 1000 and others == "True"
 
 
 def test_what_is_alive_is_never_overwritten():

@@ -12,10 +12,8 @@ def low_rank_combine(
     factors: Tensor, k: int, r: int, heights: Sequence[int], widths: Sequence[int], coefficients: Tensor
 ) -> list[Tensor]:
     """``sum_i c_i A_i^T B_i`` of each matrix: ``(heights[b], widths[b])``."""
-    sides = [side.view(k, r, n) for side, n in zip(_split(factors, k * r, heights, widths), [*heights, *widths], strict=True)]
+    lengths = [*heights, *widths]
+    parts = factors.double().split([k * r * n for n in lengths])
+    sides = [part.view(k, r, n) for part, n in zip(parts, lengths, strict=True)]
     pairs = zip(sides[: len(heights)], sides[len(heights) :], strict=True)
     return [torch.einsum("k,kro,krm->om", coefficients.double(), left, right) for left, right in pairs]
-
-
-def _split(factors: Tensor, rows: int, heights: Sequence[int], widths: Sequence[int]) -> tuple[Tensor, ...]:
-    return factors.double().split([rows * n for n in (*heights, *widths)])

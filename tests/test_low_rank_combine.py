@@ -85,6 +85,7 @@ def test_results_are_tensors_of_their_own():
         (dict(coefficients=torch.ones(3, dtype=torch.int64)), "coefficients has dtype Long"),
         (dict(heights=[4]), "widths has 2 elements, expected 1, one for each of heights"),
         (dict(heights=[4, -1]), r"heights\[1\] is -1; it must not be negative"),
+        (dict(widths=[5, 2**62]), r"heights and then widths\[3\] is 4611686018427387904; .* below 2\^63 elements in all"),
         (dict(widths=[5, 7]), r"factors has shape \(108,\), expected \(114,\)"),
         (dict(factors=torch.zeros(6, 18)), r"factors has shape \(6, 18\), expected \(108,\)"),
         (dict(factors=torch.zeros(108, dtype=torch.int32)), "factors has dtype Int"),

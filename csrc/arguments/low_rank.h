@@ -24,7 +24,7 @@ inline void check_low_rank(const char* op, const Tensor& factors, int64_t k, int
   }
   std::vector<int64_t> sides = heights;
   sides.insert(sides.end(), widths.begin(), widths.end());
-  check_shape(op, "factors", factors, {check_numels(op, k * r, sides)});
+  check_shape(op, "factors", factors, {check_numels(op, k * r, sides, "heights and then widths")});
 }
 
 }  // namespace frog

@@ -87,12 +87,13 @@ inline void check_sgd(const char* op, const Tensor& self, const std::optional<Te
 }
 
 /// Elements of all blocks [k, numels[b]], one behind the other.
-inline int64_t check_numels(const char* op, int64_t k, const std::vector<int64_t>& numels) {
+inline int64_t check_numels(const char* op, int64_t k, const std::vector<int64_t>& numels,
+                            const char* name = "numels") {
   check_k(op, k);
   int64_t total = 0;
   for (size_t b = 0; b < numels.size(); ++b) {
     const int64_t numel = numels[b];
-    STD_TORCH_CHECK(numel >= 0 && numel <= (INT64_MAX - total) / k, op, ": numels[", b, "] is ", numel,
+    STD_TORCH_CHECK(numel >= 0 && numel <= (INT64_MAX - total) / k, op, ": ", name, "[", b, "] is ", numel,
                     "; expected at least 0, and below 2^63 elements in all");
     total += k * numel;
   }

@@ -157,10 +157,9 @@ class Pool {
   }
 
   // Joins a piece that is not used with neighbours in its state.
-  Piece* join(Piece* piece) {
+  void join(Piece* piece) {
     if (piece->after && piece->after->state == piece->state) absorb_next(piece);
-    if (piece->before && piece->before->state == piece->state) absorb_next(piece = piece->before);
-    return piece;
+    if (piece->before && piece->before->state == piece->state) absorb_next(piece->before);
   }
 
   void absorb_next(Piece* piece) {

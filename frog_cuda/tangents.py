@@ -294,9 +294,13 @@ class TangentSet:
         if self.stored is not None or self.guides or piece.fixed_row is not None:
             target.add_(self.combine(piece, coefficients, target.dtype), alpha=alpha)
             return
-        factors = self.factors(piece, _at_least_float32(target.dtype))
+        dtype = _at_least_float32(target.dtype)
+        factors = self.factors(piece, dtype)
         if factors is not None:
             factors.axpy_(target, coefficients, alpha)
+            return
+        if self.in_full(piece, dtype) is not None:
+            target.add_(self.combine(piece, coefficients, target.dtype), alpha=alpha)
             return
         ops.tangent_axpy_(
             target,
@@ -309,8 +313,9 @@ class TangentSet:
 
     def sgd_(self, target: Tensor, buffer: Tensor | None, fresh: bool, piece: Piece, coefficients: Tensor, sgd: Sgd) -> None:
         """A step of SGD in place along ``Z c``; drawn tangents in one pass over target and buffer."""
+        dtype = _at_least_float32(target.dtype)
         separate = self.stored is not None or self.guides or piece.fixed_row is not None
-        if separate or self.factors(piece, _at_least_float32(target.dtype)) is not None:
+        if separate or self.factors(piece, dtype) is not None or self.in_full(piece, dtype) is not None:
             sgd.step_(target, self.combine(piece, coefficients, target.dtype), buffer, fresh)
             return
         ops.tangent_sgd_(

@@ -13,6 +13,7 @@ import frog_cuda as frog
 from frog_cuda import low_rank, ops
 from frog_cuda.dual import DualTensor, SampledTangents, draw
 from frog_cuda.low_rank import Drawn, Factors, Layout, factored
+from frog_cuda.sgd import Sgd
 from frog_cuda.tangents import LowRank, Piece, TangentSet
 
 RANKS = pytest.mark.parametrize("r", [1, 2, 3])
@@ -75,6 +76,18 @@ def test_vectors_and_small_matrices_are_drawn_in_full():
         plain = TangentSet(frog.tangents.Normal(), 3, 3, 0, torch.device("cpu"))
         assert torch.equal(drawn.draw(piece, torch.float32), plain.draw(piece, torch.float32))
     assert factored((3, 8), 2) and not factored((3, 6), 2)
+
+
+@BASES
+def test_steps_along_short_pieces_are_those_along_their_gradient(base):
+    """To the bit: both are made of the tangents that are kept."""
+    drawn, piece = tangent_set((1025,), 5, 2, base)
+    c = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    g = drawn.combine(piece, c, torch.float32)
+    drawn.axpy_(target := torch.zeros(1025), piece, c, 1.0)
+    assert torch.equal(target, g)
+    drawn.sgd_(target := torch.zeros(1025), buffer := torch.zeros(1025), True, piece, c, Sgd(0.5, momentum=0.9))
+    assert torch.equal(buffer, g) and torch.equal(target, -0.5 * g)
 
 
 def dense_and_dual(shape, k, r, dtype=torch.float64):

@@ -205,6 +205,16 @@ def test_storage_that_is_something_else(content: bytes | None, tmp_path: Path) -
     assert content is None or path.read_bytes() == content
 
 
+def test_a_line_that_was_cut_off_is_taken_back(plan: Search) -> None:
+    plan.study(TRAINING)
+    whole = plan.storage.read_bytes()
+    plan.storage.write_bytes(whole + whole.splitlines()[-1][:-9])
+    assert len(take(plan, 1)) == 1
+    assert plan.storage.read_bytes().startswith(whole + b'{"op_code"')
+    assert not list(plan.storage.parent.glob("*.lock"))
+    assert len(take(plan, 1)) == 1  # every line is one of the journal's again
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_command(jobs: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The table it writes is one that ``train`` reads; what stood in it stays."""

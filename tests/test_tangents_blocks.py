@@ -79,15 +79,15 @@ def test_combinations_against_the_reference(blocks, k, dtype):
 
 def test_threads_change_no_bit():
     draw = lambda: ops.sample_blocks(state_of(3, 1), 5, *BLOCKS["long"])  # noqa: E731
-    threads = torch.get_num_threads()
-    drawn = draw()
-    grams = ops.gram_blocks(drawn, 5, BLOCKS["long"][0])
-    combine = lambda: torch.cat(ops.combine_blocks(drawn, 5, BLOCKS["long"][0], torch.arange(5.0)))  # noqa: E731
-    combined = combine()
+    threads, numels = torch.get_num_threads(), BLOCKS["long"][0]
+    found = []
     try:
-        torch.set_num_threads(1)
-        assert torch.equal(combine(), combined)
-        assert torch.equal(draw(), drawn) and torch.equal(ops.gram_blocks(drawn, 5, BLOCKS["long"][0]), grams)
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            drawn = draw()
+            combined = torch.cat(ops.combine_blocks(drawn, 5, numels, torch.arange(5.0)))
+            found.append([drawn, combined, ops.gram_blocks(drawn, 5, numels)])
+        assert all(torch.equal(alone, together) for alone, together in zip(*found, strict=True))
     finally:
         torch.set_num_threads(threads)
 

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <fstream>
 #include <map>
 #include <mutex>
 
@@ -39,8 +40,9 @@ class Pool {
     size_t size;
     State state;
     Piece *before = nullptr, *after = nullptr;
-    size_t age = 0;                                     // of a free piece
-    std::multimap<size_t, Piece*>::iterator waiting{};  // its place among those
+    // Of a free piece:
+    size_t age = 0;                                               // when it was given back
+    std::multimap<size_t, Piece*>::iterator by_size{}, by_age{};  // its places among those
   };
 
   // Never destroyed: tensors may outlive everything static.
@@ -67,6 +69,7 @@ class Pool {
       return;
     }
     const std::lock_guard<std::mutex> lock(mutex_);
+    piece->age = ++age_;
     become(piece, State::kFree);
     join(piece);
     shrink(most_kept_);
@@ -83,12 +86,21 @@ class Pool {
         size = std::min(size, static_cast<size_t>(limit.rlim_cur) / 4);
       }
     }
+    if (counts_addresses()) size = 0;
     for (; first_ == nullptr && size >= kSmallestRange; size /= 2) {
       size = size / page_ * page_;
       void* data =
           mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, /*fd=*/-1, 0);
       if (data != MAP_FAILED) first_ = new Piece{static_cast<char*>(data), size, State::kEmpty};
     }
+  }
+
+  // Whether the system sets memory aside for every address (overcommit_memory 2), so that a range would leave others
+  // none.
+  static bool counts_addresses() {
+    std::ifstream file("/proc/sys/vm/overcommit_memory");
+    int mode = 0;
+    return file >> mode && mode == 2;
   }
 
   static size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
@@ -128,6 +140,7 @@ class Pool {
   }
 
   // Gives memory back to the system, of what waits longest first, until at most `kept` bytes are free.
+  // Where a process has locked its memory the system refuses, and nothing is lost but that.
   void shrink(size_t kept) {
     while (kept_ > kept) {
       Piece* piece = oldest_.begin()->second;
@@ -146,7 +159,7 @@ class Pool {
   // Cuts a piece behind `size` bytes, and says so. A rest that is too small for a result stays a part of it.
   bool cut(Piece* piece, size_t size) {
     if (piece->size < size + kSmallest) return false;
-    Piece* rest = new Piece{piece->data + size, piece->size - size, piece->state, piece, piece->after};
+    Piece* rest = new Piece{piece->data + size, piece->size - size, piece->state, piece, piece->after, piece->age};
     leave(piece);
     if (rest->after) rest->after->before = rest;
     piece->after = rest;
@@ -167,6 +180,7 @@ class Pool {
     leave(piece);
     leave(next);
     piece->size += next->size;
+    piece->age = std::max(piece->age, next->age);
     piece->after = next->after;
     if (piece->after) piece->after->before = piece;
     delete next;
@@ -184,9 +198,8 @@ class Pool {
       used_ += piece->size;
       most_used_ = std::max(most_used_, used_);
     } else if (piece->state == State::kFree) {
-      piece->age = ++age_;
-      piece->waiting = free_.emplace(piece->size, piece);
-      oldest_.emplace(piece->age, piece);
+      piece->by_size = free_.emplace(piece->size, piece);
+      piece->by_age = oldest_.emplace(piece->age, piece);
       kept_ += piece->size;
     }
   }
@@ -195,20 +208,20 @@ class Pool {
     if (piece->state == State::kUsed) {
       used_ -= piece->size;
     } else if (piece->state == State::kFree) {
-      free_.erase(piece->waiting);
-      oldest_.erase(piece->age);
+      free_.erase(piece->by_size);
+      oldest_.erase(piece->by_age);
       kept_ -= piece->size;
     }
   }
 
   std::mutex mutex_;
-  Piece* first_ = nullptr;              // of the range
-  std::multimap<size_t, Piece*> free_;  // by size
-  std::map<size_t, Piece*> oldest_;     // the same, by age
-  size_t used_ = 0, most_used_ = 0;     // bytes of results, now and at their most
-  size_t kept_ = 0, age_ = 0;           // bytes that wait here
-  size_t page_;                         // bytes
-  size_t most_kept_;                    // a sixteenth of the machine's memory, 128 to 512 MiB
+  Piece* first_ = nullptr;                // of the range
+  std::multimap<size_t, Piece*> free_;    // by size
+  std::multimap<size_t, Piece*> oldest_;  // the same, by age
+  size_t used_ = 0, most_used_ = 0;       // bytes of results, now and at their most
+  size_t kept_ = 0, age_ = 0;             // bytes that wait here
+  size_t page_;                           // bytes
+  size_t most_kept_;                      // a sixteenth of the machine's memory, 128 to 512 MiB
 };
 
 inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes) {

@@ -1,4 +1,5 @@
-// Linear combinations of tangents of low rank: two calls of the library for each matrix.
+// Linear combinations of tangents of low rank: two calls of the library for each matrix. Products take TF32 where
+// PyTorch is told to (torch.backends.cuda.matmul), as those of layers do.
 #include "../arguments/low_rank.h"
 #include "device.h"
 

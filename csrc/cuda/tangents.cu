@@ -98,7 +98,7 @@ Tensor tangent_combine_samples(const Tensor& state, const Tensor& coefficients, 
   return result;
 }
 
-// A product of the library for each block.
+// A product of the library for each block, in TF32 where PyTorch is told to take it.
 std::vector<Tensor> combine_blocks(const Tensor& given, int64_t k, std::vector<int64_t> numels,
                                    const Tensor& coefficients) {
   const char* op = "combine_blocks";

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -147,10 +148,26 @@ class Search:
             # Optuna itself takes a file without a whole line for an empty journal, and would append to it
             if start and not (start.startswith(b'{"op_code"') and start.endswith(b"\n")):
                 raise other
+            _cut_back(self.storage, journal.JournalFileSymlinkLock(str(self.storage)))
         try:
             return optuna.storages.JournalStorage(journal.JournalFileBackend(str(self.storage)))
         except (ValueError, KeyError, IsADirectoryError) as error:
             raise other from error
+
+
+def _cut_back(path: Path, lock: Any) -> None:
+    """Takes the end of a line that was not written to its end, as a full disk leaves it, off a journal: what is appended to it
+    would be lost."""
+    lock.acquire()
+    try:
+        with path.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            whole = sum(len(line) for line in file if line.endswith(b"\n"))
+            if whole < size:
+                file.truncate(whole)
+    finally:
+        lock.release()
 
 
 def twice_the_best() -> Any:

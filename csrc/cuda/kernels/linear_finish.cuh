@@ -16,7 +16,7 @@ struct Finish {
   using C = typename Compute<T>::type;
   T* dy;
   bool filled;        // dy holds products with the incoming tangents
-  const T* product;   // [k, rows, out]: products with supplied weight tangents
+  const T* product;   // [k, rows, out]: products with supplied weight tangents or their factors
   const C* partials;  // [splits, k, rows, out]: products with sampled ones
   int64_t splits;
   const T* dbias;     // [k, out]

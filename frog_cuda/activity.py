@@ -24,7 +24,7 @@ from .dual import perturbed, primal_of
 from .estimate import Estimate, read_loss, solve
 from .exchange import buffers_as, saved_buffers, unmoved_buffers
 from .functional import RandomNumbers
-from .hooks import Perturb, hooked
+from .hooks import Perturb, hooked, returns_what_is_new
 from .layers import Group
 from .local import local_gradient
 from .rerun import Call, Finished, local_gradients, snapshot
@@ -161,7 +161,7 @@ class ActivityPerturbation:
                 segment.tangents.append(v)
             elif wants_gram:
                 segment.grams = torch.cat([grams(v[:, rows]) for rows in blocks(segment, len(v))])
-            return perturbed(y, v)
+            return perturbed(y, v, fresh=returns_what_is_new(segment.group))
 
         with torch.no_grad(), intercepted(), self._hooked(trace, perturb):
             if moves_buffers:  # the last pass; the others leave buffers, inputs and target as they were

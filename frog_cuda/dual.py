@@ -120,6 +120,8 @@ class DualTensor(torch.Tensor):
     _primal: Tensor
     _tangents: Tensor | None = None
     _activity: Tensor | None = None
+    # whether nothing else holds the stored tangents, so that the activity tangent can be added to them where they are
+    _fresh: bool = False
     # whether lookups of an embedding's padding have no derivative, as in backprop but not in PyTorch's forward mode
     stops_padding: bool = False
     # why tangents are not the memory that a view's base sees, so that an in-place operation must be refused
@@ -186,6 +188,8 @@ class DualTensor(torch.Tensor):
             if self._tangents is None:
                 # A copy, because an expanded tensor could not be written to in place later
                 tangents = activity.expand(shape).clone(memory_format=torch.contiguous_format)
+            elif self._fresh:
+                tangents = self._tangents.add_(activity)
             elif self._tangents.is_cpu and self._tangents.is_floating_point():
                 tangents = torch.ops.frog_cuda.tangent_sum.default(self._tangents, self._activity, None, None, 1.0)
             else:
@@ -445,8 +449,8 @@ def add_activity(t: Tensor, v: Tensor) -> DualTensor:
     return perturbed(t, resolve(v.detach()))
 
 
-def perturbed(t: Tensor, v: Tensor) -> DualTensor:
-    """:func:`add_activity` for arguments that are known to fit."""
+def perturbed(t: Tensor, v: Tensor, *, fresh: bool = False) -> DualTensor:
+    """:func:`add_activity` for arguments that are known to fit. ``fresh``: ``t`` is used nowhere else, and views nothing."""
     if type(t) is DualTensor:
         given = t.sampled is not None or t._tangents is not None or t._activity is not None
         primal, tangents = t._primal, t.tangents if given else None
@@ -454,6 +458,7 @@ def perturbed(t: Tensor, v: Tensor) -> DualTensor:
         primal, tangents = resolve(t.detach()), None
     out = _make(primal, tangents, v.shape[0])
     out._activity = v
+    out._fresh = fresh and tangents is not None and tangents.is_contiguous()
     return out
 
 

@@ -71,6 +71,12 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
             handle.remove()
 
 
+def returns_what_is_new(group: Group) -> bool:
+    """Whether nobody but the hook has what the layer returned. Layers with a closed form compute it in new memory and forget it;
+    hooks of all modules come before those of one."""
+    return group.rule is not None and not nn.modules.module._global_forward_hooks
+
+
 def _visit(trace: Trace, group: Group, call: Call | None, x: Any, output: Any, perturb: Perturb, shared: bool) -> Any:
     several = not isinstance(output, Tensor)
     leaves, spec = tree_flatten(output) if several else ([output], None)

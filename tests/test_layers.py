@@ -70,6 +70,21 @@ def test_exact_with_as_many_tangents_as_activities():
         assert_close64(p.grad, g, 1e-7)  # conditioning of 26 random tangents in 26 dimensions
 
 
+def test_what_a_hook_of_all_modules_keeps_is_not_perturbed_later():
+    """Such hooks see a layer's output before its activity tangent is added, which otherwise happens where the tangents are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), nn.Flatten()).double()
+    x, seen = torch.randn(5, 4, dtype=torch.float64), []
+    fg = frog.ForwardGradient(model, lambda out, _: out.square().sum(1), k=3, perturb="activity")
+    handle = nn.modules.module.register_module_forward_hook(lambda m, given, out: seen.append((m, given[0], out)))
+    try:
+        fg.derivatives(x, None)
+    finally:
+        handle.remove()
+    second, given, out = next(s for s in seen if s[0] is model[1])
+    assert_close64(out.tangents, given.tangents @ second.weight.detach().T)
+
+
 def test_weights_of_one_parameter():
     model, x, y = setting()
     frog.ForwardGradient(model, per_sample, k=4, perturb="weight", layers=["token"])(x, y)

@@ -301,6 +301,14 @@ def test_low_precision(dtype, tangent_dtype, mix):
         assert dy.dtype == (tangent_dtype if mix.get("dx") else dtype)
 
 
+def test_low_precision_tangents_of_many_rows():
+    """More than a cache holds: some rows are multiplied, and what is added to them, before the next."""
+    mix: dict[str, Any] = dict(dx=True, weight="factors", bias="given", activity="shared", tangent_dtype=torch.bfloat16)
+    given = arguments(3, (1025, 7), 2049, torch.float32, **mix)
+    _, dy, _ = ops.linear_jvp(**given)
+    assert_as_good_as_torch(dy, torch_own(given)[1], expected(given)[1])
+
+
 def test_low_precision_tangents_strided_activated_or_empty():
     """What the product of bfloat16 tangents leaves to other code."""
     wide = randn(3, 40, 34, dtype=torch.bfloat16)

@@ -109,6 +109,15 @@ def test_tangents_of_lower_precision_stay_so():
         assert y.dtype == torch.float32 and y.tangents.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_sums_of_tangents_of_lower_precision_are_rounded_once(low):
+    x, y = (DualTensor(draw(5, 3).float(), draw(2, 5, 3, seed=seed).to(low)) for seed in (1, 2))
+    for alpha in (1, -0.3):
+        out = torch.add(x, y, alpha=alpha)
+        assert out.dtype == torch.float32 and out.tangents.dtype == low
+        assert torch.equal(out.tangents, (x.tangents.float() + alpha * y.tangents.float()).to(low))
+
+
 def test_complex_and_lazy_conjugation():
     x = torch.complex(draw(4, 3), draw(4, 3, seed=5))
     dx = torch.complex(draw(2, 4, 3, seed=6), draw(2, 4, 3, seed=7))

@@ -28,6 +28,9 @@ constexpr int64_t kSumsBytes = 4 * 1024 * 1024;  // running sums over all of x; 
 constexpr int64_t kColumns = 128;   // columns of x between two loads of the sums; x panel stays in first-level cache
 constexpr int64_t kGramRun = 2048;  // elements that are summed in T before they enter the double sums
 constexpr int64_t kStretchElements = int64_t{1} << 20;  // of tangents that are widened at a time
+constexpr int64_t kStretchBytes =
+    4 << 20;                           // of bfloat16 products that wait for what is added to them; at least so many
+constexpr int64_t kFewestRows = 1024;  // rows, over which the library has packed the weight
 constexpr int64_t kExactGramElements = 4096;  // below this, tangents can be nearly dependent: products in double
 
 // x [rows, in] as panels [in, width]: the last panel is as wide as whole vectors need and padded with zeros.
@@ -211,25 +214,31 @@ Addends<T> addends_of(const Arguments& a, const std::vector<T>& drawn) {
           data(a.activity), data(a.left), data(a.inner), a.k,          r};
 }
 
-// dx W^T and what is added to it, [k * rows, out], for dx in bfloat16: by the library
-Tensor low_product(const Arguments& a, const Tensor& dx, const Addends<float>& addends) {
-  const int64_t rows = a.k * a.rows;
-  Tensor dy = new_tensor(dx, {rows, a.out}, ScalarType::BFloat16);
+// dx W^T and what is added to it, [k * rows, out], for dx in bfloat16: by the library, some rows at a time, so that
+// what is added meets products that are still in cache
+Tensor low_product(const Arguments& a, const Tensor& dx_, const Addends<float>& addends) {
+  const int64_t rows = a.k * a.rows, out = a.out;
+  Tensor dy = new_tensor(dx_, {rows, out}, ScalarType::BFloat16);
+  Tensor dx = torch::stable::view(as_contiguous(dx_), {rows, a.in});
   const Tensor wt = torch::stable::transpose(to_dtype(a.weight, ScalarType::BFloat16), 0, 1);
-  mm_out(dy, torch::stable::view(as_contiguous(dx), {rows, a.in}), wt);
-  if (!addends.moves()) return dy;
-  const Source<float> products(dy);
-  const Sink<float> sums(dy);
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kWork / std::max<int64_t>(1, a.out)),
-                              [&](int64_t from, int64_t to) {
-                                Scratch<float> product(a.out), added(a.out);
-                                for (int64_t r = from; r < to; ++r) {
-                                  const float* row = products.read(r * a.out, a.out, product.data());
-                                  addends.start(a.rows + r, 0, a.out, added.data());
-                                  for (int64_t o = 0; o < a.out; ++o) added.data()[o] += row[o];
-                                  sums.finish(r * a.out, a.out, added.data());
-                                }
-                              });
+  uint16_t* data = static_cast<uint16_t*>(dy.mutable_data_ptr());
+  const int64_t fitting = kStretchBytes / (2 * std::max<int64_t>(1, out));
+  const int64_t stretch = addends.moves() ? std::max(fitting, kFewestRows) : std::max<int64_t>(1, rows);
+  for (int64_t begin = 0; begin < rows; begin += stretch) {
+    const int64_t n = std::min(stretch, rows - begin);
+    Tensor products = torch::stable::narrow(dy, 0, begin, n);
+    mm_out(products, torch::stable::narrow(dx, 0, begin, n), wt);
+    if (!addends.moves()) break;
+    torch::stable::parallel_for(0, n, std::max<int64_t>(1, kWork / std::max<int64_t>(1, out)),
+                                [&](int64_t from, int64_t to) {
+                                  Scratch<float> sums(out);
+                                  for (int64_t r = begin + from; r < begin + to; ++r) {
+                                    simd().widen_bf16(data + r * out, out, sums.data());
+                                    addends.add(a.rows + r, 0, out, sums.data());
+                                    simd().narrow_bf16(sums.data(), out, data + r * out);
+                                  }
+                                });
+  }
   return dy;
 }
 

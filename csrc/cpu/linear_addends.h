@@ -1,7 +1,7 @@
 // What linear_jvp adds to its products, row by row of the buffer [1 + k, rows, out].
 #pragma once
 
-#include "../stable_compat.h"
+#include "blocks.h"
 
 namespace frog {
 
@@ -21,17 +21,27 @@ struct Addends {
     const T* first = i < 0 ? bias : dbias ? dbias + i * out : nullptr;
     const T* second = i >= 0 && activity ? activity + (i * period + s % period) * out : nullptr;
     if (!first) std::swap(first, second);
-    if (second) {
-      for (int64_t j = 0; j < n; ++j) to[j] = first[o + j] + second[o + j];
-    } else if (first) {
+    if (first) {
       std::copy(first + o, first + o + n, to);
     } else {
       std::fill(to, to + n, T(0));
     }
-    for (int64_t m = 0; i >= 0 && left && m < r; ++m) {
-      const T factor = inner[(s * k + i) * r + m];
-      const T* direction = left + (i * r + m) * out + o;
-      for (int64_t j = 0; j < n; ++j) to[j] += factor * direction[j];
+    if (second) math<T>().add_scaled(second + o, T(1), n, to);
+    if (i >= 0 && left) add_low_rank(i, s, o, n, to);
+  }
+  /// `to` [n] += the addends of a row at columns o .. o + n.
+  void add(int64_t row, int64_t o, int64_t n, T* to) const {
+    const int64_t i = row / rows - 1, s = row % rows;
+    const T* first = i < 0 ? bias : dbias ? dbias + i * out : nullptr;
+    if (first) math<T>().add_scaled(first + o, T(1), n, to);
+    if (i >= 0 && activity) math<T>().add_scaled(activity + (i * period + s % period) * out + o, T(1), n, to);
+    if (i >= 0 && left) add_low_rank(i, s, o, n, to);
+  }
+
+ private:
+  void add_low_rank(int64_t i, int64_t s, int64_t o, int64_t n, T* to) const {
+    for (int64_t m = 0; m < r; ++m) {
+      math<T>().add_scaled(left + (i * r + m) * out + o, inner[(s * k + i) * r + m], n, to);
     }
   }
 };
@@ -41,11 +51,12 @@ template <class T>
 void add_rows(const Addends<T>& addends, int64_t from, int64_t to, bool fresh, T* c) {
   const int64_t out = addends.out, grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, out));
   torch::stable::parallel_for(from, to, grain, [&](int64_t first, int64_t last) {
-    std::vector<T> row(fresh ? 0 : out);
     for (int64_t r = first; r < last; ++r) {
-      T* target = c + r * out;
-      addends.start(r, 0, out, fresh ? target : row.data());
-      for (int64_t o = 0; !fresh && o < out; ++o) target[o] += row[o];
+      if (fresh) {
+        addends.start(r, 0, out, c + r * out);
+      } else {
+        addends.add(r, 0, out, c + r * out);
+      }
     }
   });
 }

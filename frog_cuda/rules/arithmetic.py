@@ -91,7 +91,7 @@ def _fused_sum(a: Any, b: Any, alpha: Any) -> Any:
     if pa.shape != pb.shape or pa.dtype != pb.dtype or pa.dtype not in FUSED_DTYPES or not pa.is_cpu or not pb.is_cpu:
         return None
     ta, tb = a._tangents, b._tangents
-    if ta is None or tb is None or ta.dtype != tb.dtype or ta.dtype != pa.dtype or not isinstance(alpha, (int, float)):
+    if ta is None or tb is None or ta.dtype != tb.dtype or ta.dtype not in FUSED_DTYPES or not isinstance(alpha, (int, float)):
         return None
     return _tangent_sum(ta, a._activity, tb, b._activity, float(alpha))
 

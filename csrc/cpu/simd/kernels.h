@@ -31,6 +31,8 @@ struct MathKernels {
   void (*apply_slope)(const T* slope, const T* dx, const T* v, int64_t n, T* dy);
   // the same for slopes 0 and 1, where slope 0 gives 0 whatever the tangent
   void (*apply_mask)(const T* slope, const T* dx, const T* v, int64_t n, T* dy);
+  // sums[j] += c a[j]
+  void (*add_scaled)(const T* a, T c, int64_t n, T* sums);
   // p[j] = exp(x[j] - shift) / sum with shift = max x; returns the sum
   T (*softmax)(const T* x, int64_t n, T* p, T* shift);
   // out[r] = sum_j g[r * n + j] dx[r * n + j] for r < rows

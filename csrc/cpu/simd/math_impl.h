@@ -170,6 +170,15 @@ void apply_slope(const T* slope, const T* dx, const T* v, int64_t n, T* dy) {
   }
 }
 
+template <class T>
+void add_scaled(const T* a, T c, int64_t n, T* sums) {
+  using V = typename VectorOf<T>::type;
+  const V factor = V::set(c);
+  for_each_vector<V>(n, [=](int64_t j, int64_t m) {
+    store_up_to(fma(factor, load_up_to(a + j, m, V::zero()), load_up_to(sums + j, m, V::zero())), sums + j, m);
+  });
+}
+
 // ---- rows
 
 template <class T>
@@ -279,7 +288,7 @@ constexpr decltype(SimdKernels::narrow_f16) kNarrowHalf = nullptr;
 
 template <class T>
 constexpr MathKernels<T> math_kernels() {
-  return {activate<T>, apply_slope<T, false>,      apply_slope<T, true>,     softmax<T>,
+  return {activate<T>, apply_slope<T, false>,      apply_slope<T, true>,     add_scaled<T>, softmax<T>,
           dots<T>,     softmax_tangents<T, false>, softmax_tangents<T, true>};
 }
 

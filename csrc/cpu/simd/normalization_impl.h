@@ -113,23 +113,98 @@ inline void widen_row(const uint16_t*, int64_t, double*) {}  // tangents of a do
 inline void narrow_row(const float* from, int64_t n, uint16_t* to) { narrow_bf16(from, n, to); }
 inline void narrow_row(const double*, int64_t, uint16_t*) {}
 
-// scratch [3, outer * inner]: x^, and of tangents in bfloat16 what is read and what is written.
+// Tangents of small groups that are taken together: x^ and the weight are read once for all of them, and the sums of
+// one do not wait for those of another.
+constexpr int kTangentsTogether = 4;
+constexpr int64_t kTogetherElements = 4096;  // of a group
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+template <class T>
+int64_t tangents_together(const Normalization<T>& p, int64_t n) {
+  return n <= kTogetherElements && p.k >= kTangentsTogether ? kTangentsTogether : 1;
+}
+
+// Where the N tangents from number i on lie, row o of a group `stride` further on; dx may be null.
+template <class T, int N>
+struct Moving {
+  int64_t i;
+  const T* dx[N];
+  int64_t dx_stride;
+  T* dy[N];
+  int64_t dy_stride;
+};
+
+// dy = w r (dx - mean(dx) - x^ mean(dx x^)) + dw x^ + db for N tangents of group g; hat [outer * inner] is x^.
+template <class T, int N>
+void move_group(const Normalization<T>& p, int64_t g, int64_t outer, int64_t inner, T r, const T* hat,
+                const Moving<T, N>& m) {
+  using V = typename VectorOf<T>::type;
+  const double count = static_cast<double>(outer * inner);
+  const V scale = V::set(r), zero = V::zero();
+  double means[2 * N] = {};  // of dx and of dx x^
+  if (m.dx[0] != nullptr && p.given_mean == nullptr) {
+    total<T, 2 * N>(outer, inner, means, [&m, hat, inner, zero](int64_t o, const auto& at, V* sums) {
+      const V normalised = at.load(hat + o * inner, zero);
+      for (int t = 0; t < N; ++t) {
+        const V dx = at.load(m.dx[t] + o * m.dx_stride, zero);
+        sums[2 * t] = sums[2 * t] + dx;
+        sums[2 * t + 1] = fma(dx, normalised, sums[2 * t + 1]);
+      }
+    });
+  }
+  V shift[N], turn[N];
+  Affine<T> dw[N], db[N];
+  const Affine<T> w = affine(p, p.weight, 0, g, inner);
+  for (int t = 0; t < N; ++t) {
+    shift[t] = V::set(p.centred ? static_cast<T>(means[2 * t] / count) : T(0));
+    turn[t] = V::set(static_cast<T>(-means[2 * t + 1] / count));
+    dw[t] = affine(p, p.dweight, m.i + t, g, inner), db[t] = affine(p, p.dbias, m.i + t, g, inner);
+  }
+  for (int64_t o = 0; o < outer; ++o) {
+    const T* h = hat + o * inner;
+    for_runs(p, inner, [&](int64_t from, int64_t to, bool constant) {
+      const auto factor = w.over(from, T(1), constant);
+      for (int t = 0; t < N; ++t) {
+        const auto tilt = dw[t].over(from, T(0), constant), add = db[t].over(from, T(0), constant);
+        const T* dx = m.dx[t] == nullptr ? nullptr : m.dx[t] + o * m.dx_stride;
+        T* dy = m.dy[t] + o * m.dy_stride;
+        if (dx == nullptr) {
+          for_lanes<T>(from, to, [=](const auto& at) { at.store(fma(tilt(at), at.load(h, zero), add(at)), dy); });
+          continue;
+        }
+        const V centre = shift[t], slant = turn[t];
+        for_lanes<T>(from, to, [=](const auto& at) {
+          const V normalised = at.load(h, zero);
+          const V change = fma(slant, normalised, at.load(dx, zero) - centre) * scale;
+          at.store(fma(factor(at), change, fma(tilt(at), normalised, add(at))), dy);
+        });
+      }
+    });
+  }
+}
+
+// scratch [1 + 2 N, outer * inner]: x^, and of the N tangents in bfloat16 that are taken together what is read and what
+// is written.
 template <class T>
 void normalise_group(const Normalization<T>& p, int64_t g, const GroupRows<T>& rows, T* scratch) {
   const int64_t outer = rows.outer, inner = rows.inner, stride = rows.stride, n = outer * inner;
-  T *hat = scratch, *wide = scratch + n, *result = scratch + 2 * n;
+  T *hat = scratch, *wide = scratch + n, *result = wide + tangents_together(p, n) * n;
   // tangents in bfloat16 are widened row by row into [outer, inner], and narrowed from there
   const bool low_in = rows.low_dx != nullptr, low_out = rows.low_dy != nullptr;
   const int64_t in_stride = low_in ? inner : stride, out_stride = low_out ? inner : stride;
-  const auto fetch_tangents = [&](int64_t i) {
+  const auto fetch_tangents = [&](int64_t i, T* to) {
     if (!low_in) return rows.dx == nullptr ? nullptr : rows.dx + i * rows.all;
     const uint16_t* from = rows.low_dx + i * rows.all;
-    for (int64_t o = 0; o < outer; ++o) widen_row(from + o * stride, inner, wide + o * inner);
-    return static_cast<const T*>(wide);
+    for (int64_t o = 0; o < outer; ++o) widen_row(from + o * stride, inner, to + o * inner);
+    return static_cast<const T*>(to);
   };
-  const auto finish_tangents = [&](int64_t i) {
+  const auto finish_tangents = [&](int64_t i, const T* from) {
     uint16_t* to = rows.low_dy + i * rows.all;
-    for (int64_t o = 0; o < outer; ++o) narrow_row(result + o * inner, inner, to + o * stride);
+    for (int64_t o = 0; o < outer; ++o) narrow_row(from + o * inner, inner, to + o * stride);
   };
 
   using V = typename VectorOf<T>::type;
@@ -153,7 +228,7 @@ void normalise_group(const Normalization<T>& p, int64_t g, const GroupRows<T>& r
   }
   p.mean[g] = static_cast<T>(mean), p.var[g] = static_cast<T>(var);
   const T r = static_cast<T>(1 / __builtin_sqrt(var + p.eps));
-  const V centre = V::set(static_cast<T>(mean)), scale = V::set(r), zero = V::zero();
+  const V centre = V::set(static_cast<T>(mean)), scale = V::set(r);
   const Affine<T> w = affine(p, p.weight, 0, g, inner), b = affine(p, p.bias, 0, g, inner);
   for (int64_t o = 0; o < outer; ++o) {
     const T* row = x + o * stride;
@@ -167,40 +242,20 @@ void normalise_group(const Normalization<T>& p, int64_t g, const GroupRows<T>& r
       });
     });
   }
-  for (int64_t i = 0; i < p.k; ++i) {
-    const T* moved = fetch_tangents(i);
-    T* tangents = low_out ? result : rows.dy + i * rows.all;
-    double means[2] = {0, 0};  // of dx and of dx x^
-    if (moved != nullptr && p.given_mean == nullptr) {
-      total<T, 2>(outer, inner, means, [&](int64_t o, const auto& at, V* sums) {
-        const V dx = at.load(moved + o * in_stride, zero);
-        sums[0] = sums[0] + dx;
-        sums[1] = fma(dx, at.load(hat + o * inner, zero), sums[1]);
-      });
+  const auto move = [&](int64_t i, auto together) {
+    constexpr int N = decltype(together)::value;
+    Moving<T, N> m{i, {}, in_stride, {}, out_stride};
+    for (int j = 0; j < N; ++j) {
+      m.dx[j] = fetch_tangents(i + j, wide + j * n);
+      m.dy[j] = low_out ? result + j * n : rows.dy + (i + j) * rows.all;
     }
-    const V shift = V::set(p.centred ? static_cast<T>(means[0] / count) : T(0));
-    const V turn = V::set(static_cast<T>(-means[1] / count));
-    const Affine<T> dw = affine(p, p.dweight, i, g, inner), db = affine(p, p.dbias, i, g, inner);
-    for (int64_t o = 0; o < outer; ++o) {
-      const T* dx = moved == nullptr ? nullptr : moved + o * in_stride;
-      T* dy = tangents + o * out_stride;
-      const T* h = hat + o * inner;
-      for_runs(p, inner, [&](int64_t from, int64_t to, bool constant) {
-        const auto factor = w.over(from, T(1), constant);
-        const auto tilt = dw.over(from, T(0), constant), add = db.over(from, T(0), constant);
-        if (dx == nullptr) {
-          for_lanes<T>(from, to, [&](const auto& at) { at.store(fma(tilt(at), at.load(h, zero), add(at)), dy); });
-          return;
-        }
-        for_lanes<T>(from, to, [&](const auto& at) {
-          const V normalised = at.load(h, zero);
-          const V change = fma(turn, normalised, at.load(dx, zero) - shift) * scale;
-          at.store(fma(factor(at), change, fma(tilt(at), normalised, add(at))), dy);
-        });
-      });
-    }
-    if (low_out) finish_tangents(i);
-  }
+    move_group(p, g, outer, inner, r, hat, m);
+    for (int j = 0; low_out && j < N; ++j) finish_tangents(i + j, m.dy[j]);
+  };
+  int64_t i = 0;
+  const int64_t each = tangents_together(p, n);
+  for (; each > 1 && i + each <= p.k; i += each) move(i, Count<kTangentsTogether>{});
+  for (; i < p.k; ++i) move(i, Count<1>{});
 }
 
 // Neighbouring groups are laid out anew together: so many elements of a row, and with all tangents at most so many in
@@ -223,8 +278,8 @@ int64_t taken_together(const Normalization<T>& p) {
 template <class T>
 int64_t normalisation_scratch(const Normalization<T>& p) {
   const int64_t n = p.outer * p.inner;
-  if (!in_pieces(p)) return 3 * n;
-  return 3 * n + (1 + p.k) * taken_together(p) * n + kNormalizationStretch;
+  const int64_t alone = (1 + 2 * tangents_together(p, n)) * n;
+  return in_pieces(p) ? alone + (1 + p.k) * taken_together(p) * n + kNormalizationStretch : alone;
 }
 
 template <int kLength, class T>
@@ -248,7 +303,8 @@ void copy_pieces(int64_t count, int64_t length, const T* from, int64_t from_ld, 
 template <class T>
 void normalise_pieces(const Normalization<T>& p, int64_t g, int64_t count, T* scratch) {
   const int64_t n = p.outer * p.inner, all = n * p.groups, stretch = count * p.inner, stride = p.groups * p.inner;
-  T *line = scratch + 3 * n, *values = line + kNormalizationStretch, *tangents = values + count * n;
+  T *line = scratch + (1 + 2 * tangents_together(p, n)) * n, *values = line + kNormalizationStretch,
+    *tangents = values + count * n;
   // row o of the groups to where it lies among those of a group, and back
   const auto take = [&](int64_t o, const T* from, T* to) {
     copy_pieces(count, p.inner, from, p.inner, to + o * p.inner, n);

@@ -72,9 +72,10 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
 
 
 def returns_what_is_new(group: Group) -> bool:
-    """Whether nobody but the hook has what the layer returned. Layers with a closed form compute it in new memory and forget it;
-    hooks of all modules come before those of one."""
-    return group.rule is not None and not nn.modules.module._global_forward_hooks
+    """Whether nobody but the hook has what the layer returned. Layers with a closed form compute it in new memory and do not
+    keep it, if nobody has replaced their ``forward``; hooks of all modules come before those of one."""
+    replaced = "forward" in vars(group.output)
+    return group.rule is not None and not replaced and not nn.modules.module._global_forward_hooks
 
 
 def _visit(trace: Trace, group: Group, call: Call | None, x: Any, output: Any, perturb: Perturb, shared: bool) -> Any:

@@ -28,9 +28,8 @@ constexpr int64_t kSumsBytes = 4 * 1024 * 1024;  // running sums over all of x; 
 constexpr int64_t kColumns = 128;   // columns of x between two loads of the sums; x panel stays in first-level cache
 constexpr int64_t kGramRun = 2048;  // elements that are summed in T before they enter the double sums
 constexpr int64_t kStretchElements = int64_t{1} << 20;  // of tangents that are widened at a time
-constexpr int64_t kStretchBytes =
-    4 << 20;                           // of bfloat16 products that wait for what is added to them; at least so many
-constexpr int64_t kFewestRows = 1024;  // rows, over which the library has packed the weight
+// bytes of bfloat16 products that wait for what is added to them; at least so many rows, for which the weight is packed
+constexpr int64_t kStretchBytes = 4 << 20, kFewestRows = 1024;
 constexpr int64_t kExactGramElements = 4096;  // below this, tangents can be nearly dependent: products in double
 
 // x [rows, in] as panels [in, width]: the last panel is as wide as whole vectors need and padded with zeros.

@@ -113,8 +113,8 @@ inline void widen_row(const uint16_t*, int64_t, double*) {}  // tangents of a do
 inline void narrow_row(const float* from, int64_t n, uint16_t* to) { narrow_bf16(from, n, to); }
 inline void narrow_row(const double*, int64_t, uint16_t*) {}
 
-// Tangents of small groups that are taken together: x^ and the weight are read once for all of them, and the sums of
-// one do not wait for those of another.
+// Tangents of small groups that are taken together: their sums read x^ once, and those of one do not wait for those of
+// another.
 constexpr int kTangentsTogether = 4;
 constexpr int64_t kTogetherElements = 4096;  // of a group
 

@@ -188,7 +188,7 @@ class DualTensor(torch.Tensor):
             if self._tangents is None:
                 # A copy, because an expanded tensor could not be written to in place later
                 tangents = activity.expand(shape).clone(memory_format=torch.contiguous_format)
-            elif self._fresh:
+            elif self._fresh and not self._tangents.is_inference():  # which may not be written to outside of that mode
                 tangents = self._tangents.add_(activity)
             elif self._tangents.is_cpu and self._tangents.is_floating_point():
                 tangents = torch.ops.frog_cuda.tangent_sum.default(self._tangents, self._activity, None, None, 1.0)

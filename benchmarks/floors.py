@@ -90,7 +90,7 @@ def floor(method: str, p: Products, k: int) -> Floor:
     - weight perturbation: for each tangent x dW^T in every layer, dx W^T in all but the first, attention's four products;
       tangents drawn twice, once in the pass and once for the combination. Low rank: x dW^T through the factors.
     - activity perturbation: for each tangent dx W^T in all layers but the first, attention's four, and a weight gradient, of
-      rank k where that is less than the rows.
+      rank k where that is less than the batch; with groups as layers, of all rows.
     - vmap(jvp): as weight perturbation, tangents drawn once and stored.
     - loop of forward_ad: the primal pass k times. MeZO: two passes for each vector, which is drawn four times.
     """
@@ -108,7 +108,7 @@ def floor(method: str, p: Products, k: int) -> Floor:
     if name.startswith("weight"):
         return Floor(one + k * (p.linear + other), 2.0 * k * p.n, 0 if name.endswith("update_") else gradient)
     if name.startswith("activity"):
-        share = min(k, p.batch) / p.batch if p.rows == p.batch else 1.0
+        share = 1.0 if name.endswith("groups") else min(k, p.batch) / p.batch
         return Floor(one + k * other + share * p.linear, k * p.outputs, gradient)
     if name.endswith("vmap(jvp)"):
         return Floor(one + k * (p.linear + other), k * p.n, 4.0 * k * p.n + gradient)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from ._checks import flat, warn
 from ._deferred import deferring
 from .aggregate import Aggregate, Custom
 from .custom_functions import intercepted
-from .dual import perturbed, primal_of
+from .dual import perturbed, perturbed_, primal_of
 from .estimate import Estimate, read_loss, solve
 from .exchange import buffers_as, saved_buffers, unmoved_buffers
 from .functional import RandomNumbers
@@ -46,6 +47,8 @@ class ActivityPerturbation:
         self.parameters: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if id(p) in own}
         check_parameters(model, self.parameters)
         self._pieces: list[Piece] = []
+        #: names and offsets of activities whose tangents were added by themselves in an earlier pass: nothing takes them along
+        self._added: set[tuple[str, int]] = set()
         self._warned = False
         self._draws_numbers = False  # seen where a layer last ran a second time
         self._repeats_passes = any(group.rule is None and not group.runs_again for group in groups)
@@ -161,7 +164,10 @@ class ActivityPerturbation:
                 segment.tangents.append(v)
             elif wants_gram:
                 segment.grams = torch.cat([grams(v[:, rows]) for rows in blocks(segment, len(v))])
-            return perturbed(y, v, fresh=returns_what_is_new(segment.group))
+            place = piece.name, piece.offset
+            if place in self._added and returns_what_is_new(segment.group):
+                return perturbed_(y, v)
+            return perturbed(y, v, partial(self._added.add, place))
 
         with torch.no_grad(), intercepted(), self._hooked(trace, perturb):
             if moves_buffers:  # the last pass; the others leave buffers, inputs and target as they were

@@ -120,8 +120,8 @@ class DualTensor(torch.Tensor):
     _primal: Tensor
     _tangents: Tensor | None = None
     _activity: Tensor | None = None
-    # whether nothing else holds the stored tangents, so that the activity tangent can be added to them where they are
-    _fresh: bool = False
+    # called where the activity tangent is added to stored ones because no operator took it along
+    _on_adding: Callable[[], None] | None = None
     # whether lookups of an embedding's padding have no derivative, as in backprop but not in PyTorch's forward mode
     stops_padding: bool = False
     # why tangents are not the memory that a view's base sees, so that an in-place operation must be refused
@@ -182,18 +182,17 @@ class DualTensor(torch.Tensor):
         if self._activity is None:
             tangents = self._primal.new_zeros(shape)
         else:
-            activity = self._activity
-            lead = (1,) * (len(shape) - activity.dim())
-            activity = activity.reshape(self.k, *lead, *activity.shape[1:])
+            activity = _lifted(self._activity, len(shape))
             if self._tangents is None:
                 # A copy, because an expanded tensor could not be written to in place later
                 tangents = activity.expand(shape).clone(memory_format=torch.contiguous_format)
-            elif self._fresh and not self._tangents.is_inference():  # which may not be written to outside of that mode
-                tangents = self._tangents.add_(activity)
-            elif self._tangents.is_cpu and self._tangents.is_floating_point():
-                tangents = torch.ops.frog_cuda.tangent_sum.default(self._tangents, self._activity, None, None, 1.0)
             else:
-                tangents = self._tangents + activity.to(self._tangents.dtype)
+                if self._on_adding is not None:
+                    self._on_adding()
+                if self._tangents.is_cpu and self._tangents.is_floating_point():
+                    tangents = torch.ops.frog_cuda.tangent_sum.default(self._tangents, self._activity, None, None, 1.0)
+                else:
+                    tangents = self._tangents + activity.to(self._tangents.dtype)
             self._activity = None
         self._tangents = tangents
         return tangents
@@ -449,8 +448,12 @@ def add_activity(t: Tensor, v: Tensor) -> DualTensor:
     return perturbed(t, resolve(v.detach()))
 
 
-def perturbed(t: Tensor, v: Tensor, *, fresh: bool = False) -> DualTensor:
-    """:func:`add_activity` for arguments that are known to fit. ``fresh``: ``t`` is used nowhere else, and views nothing."""
+def perturbed(t: Tensor, v: Tensor, on_adding: Callable[[], None] | None = None) -> DualTensor:
+    """:func:`add_activity` for arguments that are known to fit.
+
+    Arguments:
+        on_adding: called if ``v`` is added to tangents that there are by itself, and nothing had gone on with it apart before.
+    """
     if type(t) is DualTensor:
         given = t.sampled is not None or t._tangents is not None or t._activity is not None
         primal, tangents = t._primal, t.tangents if given else None
@@ -458,8 +461,21 @@ def perturbed(t: Tensor, v: Tensor, *, fresh: bool = False) -> DualTensor:
         primal, tangents = resolve(t.detach()), None
     out = _make(primal, tangents, v.shape[0])
     out._activity = v
-    out._fresh = fresh and tangents is not None and tangents.is_contiguous()
+    out._on_adding = on_adding
     return out
+
+
+def perturbed_(t: Tensor, v: Tensor) -> DualTensor:
+    """The same in place where ``t`` has tangents, which nobody else may have."""
+    if type(t) is not DualTensor or t._tangents is None or t._activity is not None or not t._tangents.is_contiguous():
+        return perturbed(t, v)
+    t._tangents.add_(_lifted(v, t._tangents.dim()))
+    return t
+
+
+def _lifted(v: Tensor, dim: int) -> Tensor:
+    """(k, *s) -> (k, 1, .., 1, *s) of so many axes."""
+    return v.reshape(v.shape[0], *(1,) * (dim - v.dim()), *v.shape[1:])
 
 
 # The rules register themselves with the tables above and need the names of this module, hence the place.

@@ -72,8 +72,8 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
 
 
 def returns_what_is_new(group: Group) -> bool:
-    """Whether nobody but the hook has what the layer returned. Layers with a closed form compute it in new memory and do not
-    keep it, if nobody has replaced their ``forward``; hooks of all modules come before those of one."""
+    """Whether nobody but the hook has what the layer returned. Layers with a closed form, PyTorch's own, compute it in new
+    memory and do not keep it, if nobody has replaced their ``forward``; hooks of all modules come before those of one."""
     replaced = "forward" in vars(group.output)
     return group.rule is not None and not replaced and not nn.modules.module._global_forward_hooks
 

@@ -291,15 +291,11 @@ class TangentSet:
 
     def axpy_(self, target: Tensor, piece: Piece, coefficients: Tensor, alpha: float) -> None:
         """``target += alpha * Z c`` in place."""
-        if self.stored is not None or self.guides or piece.fixed_row is not None:
-            target.add_(self.combine(piece, coefficients, target.dtype), alpha=alpha)
-            return
-        dtype = _at_least_float32(target.dtype)
-        factors = self.factors(piece, dtype)
+        factors = self.factors(piece, _at_least_float32(target.dtype)) if piece.fixed_row is None else None
         if factors is not None:
             factors.axpy_(target, coefficients, alpha)
             return
-        if self.in_full(piece, dtype) is not None:
+        if self._combined_apart(piece, target.dtype):
             target.add_(self.combine(piece, coefficients, target.dtype), alpha=alpha)
             return
         ops.tangent_axpy_(
@@ -311,11 +307,16 @@ class TangentSet:
             distribution=self.distribution.base,
         )
 
+    def _combined_apart(self, piece: Piece, dtype: torch.dtype) -> bool:
+        """Whether ``Z c`` is made before it is added to anything: tangents are not drawn again for it, or a row stays 0."""
+        if self.stored is not None or self.guides or piece.fixed_row is not None:
+            return True
+        wide = _at_least_float32(dtype)
+        return self.factors(piece, wide) is not None or self.in_full(piece, wide) is not None
+
     def sgd_(self, target: Tensor, buffer: Tensor | None, fresh: bool, piece: Piece, coefficients: Tensor, sgd: Sgd) -> None:
         """A step of SGD in place along ``Z c``; drawn tangents in one pass over target and buffer."""
-        dtype = _at_least_float32(target.dtype)
-        separate = self.stored is not None or self.guides or piece.fixed_row is not None
-        if separate or self.factors(piece, dtype) is not None or self.in_full(piece, dtype) is not None:
+        if self._combined_apart(piece, target.dtype):
             sgd.step_(target, self.combine(piece, coefficients, target.dtype), buffer, fresh)
             return
         ops.tangent_sgd_(

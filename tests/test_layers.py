@@ -70,19 +70,65 @@ def test_exact_with_as_many_tangents_as_activities():
         assert_close64(p.grad, g, 1e-7)  # conditioning of 26 random tangents in 26 dimensions
 
 
-def test_what_a_hook_of_all_modules_keeps_is_not_perturbed_later():
-    """Such hooks see a layer's output before its activity tangent is added, which otherwise happens where the tangents are."""
+class Apart(nn.Module):
+    """(B, 4) -> (B, 6): one output of a layer is viewed alone, one after another layer has read it, and one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(n, 6) for n in (4, 6, 6, 6, 6, 6))
+
+    def forward(self, x):
+        first, second, third, fourth, fifth, last = self.layers
+        x = second(first(x)).unflatten(1, (2, 3)).flatten(1)
+        y = third(x)
+        x = fourth(y) + y.unflatten(1, (2, 3)).flatten(1)
+        z = fifth(x)
+        return last(z.unflatten(1, (2, 3)).flatten(1)) + z
+
+
+def squares(out, _):
+    return out.square().sum(1)
+
+
+def estimator(model):
+    return frog.ForwardGradient(model, squares, k=3, perturb="activity")
+
+
+def test_tangents_that_are_added_in_place_are_the_same_bits():
+    """Where nothing took an activity tangent along in the pass before, it is added to what the layer returns."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), nn.Flatten()).double()
-    x, seen = torch.randn(5, 4, dtype=torch.float64), []
-    fg = frog.ForwardGradient(model, lambda out, _: out.square().sum(1), k=3, perturb="activity")
-    handle = nn.modules.module.register_module_forward_hook(lambda m, given, out: seen.append((m, given[0], out)))
-    try:
-        fg.derivatives(x, None)
-    finally:
-        handle.remove()
-    second, given, out = next(s for s in seen if s[0] is model[1])
-    assert_close64(out.tangents, given.tangents @ second.weight.detach().T)
+    model, x = Apart(), torch.randn(5, 4)
+    first, second = estimator(model), estimator(model)
+    added = first._method._added
+    first.derivatives(x, None)
+    assert {name for name, _ in added} == {"layers.1", "layers.4"}  # what layers.2 returned went through a layer before
+    again = first.derivatives(x, None)
+    second.step = 1
+    assert torch.equal(second.derivatives(x, None), again)
+    assert torch.equal(second.last.directional_derivatives, first.last.directional_derivatives)
+
+
+def test_what_others_keep_is_not_perturbed_later():
+    """Hooks of all modules and a ``forward`` that was replaced have a layer's output before its activity tangent is added."""
+    torch.manual_seed(0)
+    model, seen = Apart().double(), []
+    fg, x, layer = estimator(model), torch.randn(5, 4, dtype=torch.float64), model.layers[1]
+    fg.derivatives(x, None)
+
+    def keep(given):
+        seen.append((given, nn.Linear.forward(layer, given)))
+        return seen[-1][1]
+
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, given, out: seen.append((given[0], out)) if module is layer else None
+    )
+    fg.derivatives(x, None)
+    handle.remove()
+    layer.forward = keep
+    fg.derivatives(x, None)
+    assert len(seen) == 2
+    for given, out in seen:
+        assert_close64(out.tangents, given.tangents @ layer.weight.detach().T)
 
 
 def test_weights_of_one_parameter():

@@ -302,7 +302,7 @@ def test_low_precision(dtype, tangent_dtype, mix):
 
 
 def test_low_precision_tangents_of_many_rows():
-    """More than a cache holds: some rows are multiplied, and what is added to them, before the next."""
+    """More than a cache holds: they are multiplied and added to some at a time."""
     mix: dict[str, Any] = dict(dx=True, weight="factors", bias="given", activity="shared", tangent_dtype=torch.bfloat16)
     given = arguments(3, (1025, 7), 2049, torch.float32, **mix)
     _, dy, _ = ops.linear_jvp(**given)

@@ -210,9 +210,10 @@ def test_a_line_that_was_cut_off_is_taken_back(plan: Search) -> None:
     whole = plan.storage.read_bytes()
     plan.storage.write_bytes(whole + whole.splitlines()[-1][:-9])
     assert len(take(plan, 1)) == 1
-    assert plan.storage.read_bytes().startswith(whole + b'{"op_code"')
+    lines = plan.storage.read_bytes()
+    assert lines.startswith(whole) and len(lines) > len(whole)
+    assert all(json.loads(line) for line in lines.splitlines())
     assert not list(plan.storage.parent.glob("*.lock"))
-    assert len(take(plan, 1)) == 1  # every line is one of the journal's again
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -56,7 +56,7 @@ def compare(arguments, options, check=assert_close64):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [1, 4, 6])
 def test_against_the_reference(layout, k):
     compare(*inputs(layout, k))
     compare(*inputs(layout, k, torch.float32), assert_close32)
@@ -65,12 +65,14 @@ def test_against_the_reference(layout, k):
 @pytest.mark.parametrize("given", GIVEN, ids=lambda g: "".join("xwWbB"[i] if use else "-" for i, use in enumerate(g)))
 @pytest.mark.parametrize("layout", ["layer", "rms", "group", "batch 2d"])
 def test_every_mix_of_arguments(layout, given):
-    compare(*inputs(layout, given=given))
+    for k in (3, 6):
+        compare(*inputs(layout, k, given=given))
 
 
 @pytest.mark.parametrize("layout", ["batch", "batch 2d"])
-def test_given_statistics(layout):
-    arguments, options = inputs(layout)
+@pytest.mark.parametrize("k", [3, 6])
+def test_given_statistics(layout, k):
+    arguments, options = inputs(layout, k)
     channels = options["groups"]
     mean, var = torch.randn(channels, dtype=torch.float64), torch.rand(channels, dtype=torch.float64) + 0.1
     compare(arguments, options | dict(mean=mean, var=var))
@@ -90,14 +92,27 @@ def test_low_precision_is_as_good_as_pytorchs(dtype):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("incoming", [True, False], ids=["x", "weights alone"])
-def test_tangents_of_another_dtype(layout, incoming):
-    (x, dx, w, dw, b, db), options = inputs(layout, dtype=torch.float32)
+@pytest.mark.parametrize("k", [3, 6])
+def test_tangents_of_another_dtype(layout, incoming, k):
+    (x, dx, w, dw, b, db), options = inputs(layout, k, dtype=torch.float32)
     low = [x, dx.bfloat16() if incoming else None, w, dw.bfloat16(), b, db.bfloat16()]
     y, dy, *_ = ops.normalization_jvp(*low, **options)
     exact = reference.normalization_jvp(*low, **options)
     assert y.dtype == torch.float32 and dy.dtype == torch.bfloat16
     assert_close32(y, exact[0])
     assert_close32(dy.float(), exact[1], torch.finfo(torch.bfloat16).eps)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
+def test_some_tangents_are_part_of_all(layout, low):
+    """Four are taken together, the others one by one."""
+    (x, dx, w, dw, b, db), options = inputs(layout, 6, torch.float32)
+    dx = dx.bfloat16() if low else dx
+    whole = ops.normalization_jvp(x, dx, w, dw, b, db, **options)[1]
+    for begin, end in ((0, 3), (2, 6), (5, 6)):
+        part = ops.normalization_jvp(x, dx[begin:end], w, dw[begin:end], b, db[begin:end], **options)[1]
+        assert torch.equal(part, whole[begin:end])
 
 
 def test_a_large_mean_does_not_cancel():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from against_func import check, draw, dual
 
-from frog_cuda.dual import DualTensor
+from frog_cuda.dual import DualTensor, add_activity
 from frog_cuda.rules.arithmetic import DERIVATIVES
 
 SHAPES = [(1,), (7, 33), (0, 5), ()]
@@ -111,11 +111,12 @@ def test_tangents_of_lower_precision_stay_so():
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_sums_of_tangents_of_lower_precision_are_rounded_once(low):
-    x, y = (DualTensor(draw(5, 3).float(), draw(2, 5, 3, seed=seed).to(low)) for seed in (1, 2))
+    value = draw(5, 3).float()
+    dx, dy, v = draw(2, 5, 3).to(low), draw(2, 5, 3, seed=1).to(low), draw(2, 3, seed=2).to(low)
     for alpha in (1, -0.3):
-        out = torch.add(x, y, alpha=alpha)
+        out = torch.add(add_activity(DualTensor(value, dx), v), DualTensor(value, dy), alpha=alpha)
         assert out.dtype == torch.float32 and out.tangents.dtype == low
-        assert torch.equal(out.tangents, (x.tangents.float() + alpha * y.tangents.float()).to(low))
+        assert torch.equal(out.tangents, ((dx.float() + v.float()[:, None]) + alpha * dy.float()).to(low))
 
 
 def test_complex_and_lazy_conjugation():

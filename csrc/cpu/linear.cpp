@@ -28,7 +28,8 @@ constexpr int64_t kSumsBytes = 4 * 1024 * 1024;  // running sums over all of x; 
 constexpr int64_t kColumns = 128;   // columns of x between two loads of the sums; x panel stays in first-level cache
 constexpr int64_t kGramRun = 2048;  // elements that are summed in T before they enter the double sums
 constexpr int64_t kStretchElements = int64_t{1} << 20;  // of tangents that are widened at a time
-// bytes of bfloat16 products that wait for what is added to them; at least so many rows, for which the weight is packed
+// bytes of bfloat16 products that wait for what is added to them; at least so many rows, as each product packs the
+// weight
 constexpr int64_t kStretchBytes = 4 << 20, kFewestRows = 1024;
 constexpr int64_t kExactGramElements = 4096;  // below this, tangents can be nearly dependent: products in double
 
@@ -214,7 +215,7 @@ Addends<T> addends_of(const Arguments& a, const std::vector<T>& drawn) {
 }
 
 // dx W^T and what is added to it, [k * rows, out], for dx in bfloat16: by the library, some rows at a time, so that
-// what is added meets products that are still in cache
+// what is added meets products that are still in cache, of up to 2048 columns
 Tensor low_product(const Arguments& a, const Tensor& dx_, const Addends<float>& addends) {
   const int64_t rows = a.k * a.rows, out = a.out;
   Tensor dy = new_tensor(dx_, {rows, out}, ScalarType::BFloat16);
@@ -222,12 +223,12 @@ Tensor low_product(const Arguments& a, const Tensor& dx_, const Addends<float>& 
   const Tensor wt = torch::stable::transpose(to_dtype(a.weight, ScalarType::BFloat16), 0, 1);
   uint16_t* data = static_cast<uint16_t*>(dy.mutable_data_ptr());
   const int64_t fitting = kStretchBytes / (2 * std::max<int64_t>(1, out));
-  const int64_t stretch = addends.moves() ? std::max(fitting, kFewestRows) : std::max<int64_t>(1, rows);
+  const int64_t stretch = addends.moves() ? std::max(fitting, kFewestRows) : std::max<int64_t>(1, rows);  // else all
   for (int64_t begin = 0; begin < rows; begin += stretch) {
     const int64_t n = std::min(stretch, rows - begin);
     Tensor products = torch::stable::narrow(dy, 0, begin, n);
     mm_out(products, torch::stable::narrow(dx, 0, begin, n), wt);
-    if (!addends.moves()) break;
+    if (!addends.moves()) continue;
     torch::stable::parallel_for(0, n, std::max<int64_t>(1, kWork / std::max<int64_t>(1, out)),
                                 [&](int64_t from, int64_t to) {
                                   Scratch<float> sums(out);

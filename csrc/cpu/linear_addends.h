@@ -1,6 +1,8 @@
 // What linear_jvp adds to its products, row by row of the buffer [1 + k, rows, out].
 #pragma once
 
+#include <array>
+
 #include "blocks.h"
 
 namespace frog {
@@ -17,28 +19,33 @@ struct Addends {
   bool any() const { return bias || moves(); }
   /// `to` [n] becomes the addends of a row at columns o .. o + n.
   void start(int64_t row, int64_t o, int64_t n, T* to) const {
-    const int64_t i = row / rows - 1, s = row % rows;
-    const T* first = i < 0 ? bias : dbias ? dbias + i * out : nullptr;
-    const T* second = i >= 0 && activity ? activity + (i * period + s % period) * out : nullptr;
+    const int64_t i = row / rows - 1;
+    auto [first, second] = stored(row, o);
     if (!first) std::swap(first, second);
     if (first) {
-      std::copy(first + o, first + o + n, to);
+      std::copy(first, first + n, to);
     } else {
       std::fill(to, to + n, T(0));
     }
-    if (second) math<T>().add_scaled(second + o, T(1), n, to);
-    if (i >= 0 && left) add_low_rank(i, s, o, n, to);
+    if (second) math<T>().add_scaled(second, T(1), n, to);
+    if (i >= 0 && left) add_low_rank(i, row % rows, o, n, to);
   }
   /// `to` [n] += the addends of a row at columns o .. o + n.
   void add(int64_t row, int64_t o, int64_t n, T* to) const {
-    const int64_t i = row / rows - 1, s = row % rows;
-    const T* first = i < 0 ? bias : dbias ? dbias + i * out : nullptr;
-    if (first) math<T>().add_scaled(first + o, T(1), n, to);
-    if (i >= 0 && activity) math<T>().add_scaled(activity + (i * period + s % period) * out + o, T(1), n, to);
-    if (i >= 0 && left) add_low_rank(i, s, o, n, to);
+    const int64_t i = row / rows - 1;
+    for (const T* from : stored(row, o)) {
+      if (from) math<T>().add_scaled(from, T(1), n, to);
+    }
+    if (i >= 0 && left) add_low_rank(i, row % rows, o, n, to);
   }
 
  private:
+  /// Those that lie in memory, from column o on; null where not given.
+  std::array<const T*, 2> stored(int64_t row, int64_t o) const {
+    const int64_t i = row / rows - 1, s = row % rows;
+    if (i < 0) return {bias ? bias + o : nullptr, nullptr};
+    return {dbias ? dbias + i * out + o : nullptr, activity ? activity + (i * period + s % period) * out + o : nullptr};
+  }
   void add_low_rank(int64_t i, int64_t s, int64_t o, int64_t n, T* to) const {
     for (int64_t m = 0; m < r; ++m) {
       math<T>().add_scaled(left + (i * r + m) * out + o, inner[(s * k + i) * r + m], n, to);

@@ -2,7 +2,8 @@
 // of this size back to the system and gets it anew, page by page, which was measured to cost 30 % of an
 // activity-perturbed gradient of a 784-256-256-10 net. So what is freed waits here for the next result.
 //
-// All of it lies in one range of addresses, as large as the machine's memory, or smaller where a process may have few:
+// All of it lies in one range of addresses, as large as the machine's memory, or smaller where a process may have few,
+// or none where the system sets memory aside for every address and results come from the C library:
 // addresses cost no memory until they are written to. In one range all neighbours that are free grow together, so what
 // a wide layer has left serves narrow ones and the other way round, and pages go back to the system wherever they lie.
 #pragma once
@@ -41,7 +42,7 @@ class Pool {
     State state;
     Piece *before = nullptr, *after = nullptr;
     // Of a free piece:
-    size_t age = 0;                                               // when it was given back
+    size_t age = 0;                                               // when the youngest part of it was given back
     std::multimap<size_t, Piece*>::iterator by_size{}, by_age{};  // its places among those
   };
 
@@ -140,7 +141,7 @@ class Pool {
   }
 
   // Gives memory back to the system, of what waits longest first, until at most `kept` bytes are free.
-  // Where a process has locked its memory the system refuses, and nothing is lost but that.
+  // Where a process has locked its memory the system takes none, and what counts as empty keeps it.
   void shrink(size_t kept) {
     while (kept_ > kept) {
       Piece* piece = oldest_.begin()->second;

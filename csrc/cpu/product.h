@@ -98,10 +98,12 @@ void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t
         T* target = c + (piece.first + r) * out + o;
         T* acc = live == width ? target : edge;  // the tile writes whole vectors
         const int64_t ld = live == width ? out : panel;
-        for (int64_t j = rows; j < std::min(rows + kTileRows, piece.count - r); ++j) {
+        // lines of the next strip, which come from memory meanwhile
+        for (int64_t j = rows; i0 == 0 && j < std::min(rows + kTileRows, piece.count - r); ++j) {
           const char* line = reinterpret_cast<const char*>(target + j * out);
-          for (int64_t byte = 0; byte < live * static_cast<int64_t>(sizeof(T)); byte += 64)
+          for (int64_t byte = 0; byte < live * static_cast<int64_t>(sizeof(T)); byte += 64) {
             __builtin_prefetch(line + byte, 1);
+          }
         }
         for (int64_t j = 0; j < rows; ++j) {
           if (i0 == 0) {

@@ -156,8 +156,8 @@ class Search:
 
 
 def _cut_back(path: Path, lock: Any) -> None:
-    """Takes the end of a line that was not written to its end, as a full disk leaves it, off a journal: what is appended to it
-    would be lost."""
+    """Removes the last line of a journal where it was not written whole, as on a full disk: what is appended to such a line is
+    lost."""
     lock.acquire()
     try:
         with path.open("rb+") as file:

@@ -68,6 +68,7 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
         narrower = activity.dtype is not x.dtype and dx is not None and w.shape[1] < w.shape[0]
         if 2 <= activity.dim() < x.dim() + 1 and not narrower:
             activity = rows_times(activity, w)
+            input._on_adding = None  # else the next pass would add it before, and go on with other bits
         else:
             dx, activity = input.tangents, None
     product = None  # of tangents that were multiplied beforehand

@@ -116,7 +116,7 @@ inline void narrow_row(const double*, int64_t, uint16_t*) {}
 // Tangents of small groups that are taken together: their sums read x^ once, and those of one do not wait for those of
 // another.
 constexpr int kTangentsTogether = 4;
-constexpr int64_t kTogetherElements = 4096;  // of a group
+constexpr int64_t kTogetherElements = 4096;  // that such a group has at most
 
 template <int N>
 struct Count {
@@ -128,7 +128,7 @@ int64_t tangents_together(const Normalization<T>& p, int64_t n) {
   return n <= kTogetherElements && p.k >= kTangentsTogether ? kTangentsTogether : 1;
 }
 
-// Where the N tangents from number i on lie, row o of a group `stride` further on; dx may be null.
+// Where the N tangents from number i on lie, each row of a group a stride behind the one before; dx may be null.
 template <class T, int N>
 struct Moving {
   int64_t i;
@@ -253,8 +253,9 @@ void normalise_group(const Normalization<T>& p, int64_t g, const GroupRows<T>& r
     for (int j = 0; low_out && j < N; ++j) finish_tangents(i + j, m.dy[j]);
   };
   int64_t i = 0;
-  const int64_t each = tangents_together(p, n);
-  for (; each > 1 && i + each <= p.k; i += each) move(i, Count<kTangentsTogether>{});
+  if (tangents_together(p, n) == kTangentsTogether) {
+    for (; i + kTangentsTogether <= p.k; i += kTangentsTogether) move(i, Count<kTangentsTogether>{});
+  }
   for (; i < p.k; ++i) move(i, Count<1>{});
 }
 

@@ -452,7 +452,7 @@ def perturbed(t: Tensor, v: Tensor, on_adding: Callable[[], None] | None = None)
     """:func:`add_activity` for arguments that are known to fit.
 
     Arguments:
-        on_adding: called if ``v`` is added to tangents that there are by itself, and nothing had gone on with it apart before.
+        on_adding: called where ``v`` is added to stored tangents by itself, unless a linear layer has read it before.
     """
     if type(t) is DualTensor:
         given = t.sampled is not None or t._tangents is not None or t._activity is not None

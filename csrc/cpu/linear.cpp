@@ -250,7 +250,8 @@ Tensor widened_product(const Arguments& a, const Tensor& dx_, const Addends<floa
   const uint16_t* from = static_cast<const uint16_t*>(dx.const_data_ptr());
   uint16_t* to = static_cast<uint16_t*>(dy.mutable_data_ptr());
   const float* w = static_cast<const float*>(a.weight.const_data_ptr());
-  const int64_t stretch = std::min(rows, std::max<int64_t>(kStretchElements / std::max<int64_t>(1, in + out), 1024));
+  const int64_t stretch =
+      std::min(rows, std::max<int64_t>(kStretchElements / std::max<int64_t>(1, in + out), kFewestRows));
   Scratch<float> wide(stretch * in), sums(stretch * out);
   const auto grain = [](int64_t width) { return std::max<int64_t>(1, kWork / std::max<int64_t>(1, width)); };
   for (int64_t r = 0; r < rows; r += stretch) {

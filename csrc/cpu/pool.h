@@ -2,9 +2,9 @@
 // of this size back to the system and gets it anew, page by page, which was measured to cost 30 % of an
 // activity-perturbed gradient of a 784-256-256-10 net. So what is freed waits here for the next result.
 //
-// All of it lies in one range of addresses, as large as the machine's memory, or smaller where a process may have few,
-// or none where the system sets memory aside for every address and results come from the C library:
-// addresses cost no memory until they are written to. In one range all neighbours that are free grow together, so what
+// All of it lies in one range of addresses, as large as the machine's memory, or smaller where a process may have few:
+// addresses cost no memory until they are written to. Where the system sets memory aside for every address there is no
+// range, and results come from the C library. In one range all neighbours that are free grow together, so what
 // a wide layer has left serves narrow ones and the other way round, and pages go back to the system wherever they lie.
 #pragma once
 

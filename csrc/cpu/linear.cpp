@@ -5,8 +5,9 @@
 // machines without vector kernels, take the library's GEMM. y and dy are allocated next to each other for the next
 // layer's sake.
 //
-// bfloat16 tangents of a float32 layer take the library's product where the machine has fast instructions for it: it
-// sums in float32 and rounds once. Elsewhere they are widened, multiplied and narrowed some rows at a time, in cache.
+// bfloat16 tangents of a float32 layer are multiplied as such where the machine has fast instructions for it, by a tile
+// of their own or by the library (simd/choice.h): both sum in float32 and round, the tile once, the library before and
+// after what is added. Elsewhere they are widened, multiplied and narrowed some rows at a time, in cache.
 //
 // Sampled weight tangents never exist as a whole. Floor per tangent and weight element: one draw and B fused
 // multiply-adds. A thread takes rows of W, draws k tangents of six rows into second-level cache, and multiplies them
@@ -31,6 +32,7 @@ constexpr int64_t kStretchElements = int64_t{1} << 20;  // of tangents that are 
 // bytes of bfloat16 products that wait for what is added to them; at least so many rows, as each product packs the
 // weight
 constexpr int64_t kStretchBytes = 4 << 20, kFewestRows = 1024;
+constexpr int64_t kDeepest = 8192;  // rows of a bfloat16 panel that still fits into second-level cache
 constexpr int64_t kExactGramElements = 4096;  // below this, tangents can be nearly dependent: products in double
 
 // x [rows, in] as panels [in, width]: the last panel is as wide as whole vectors need and padded with zeros.
@@ -214,9 +216,21 @@ Addends<T> addends_of(const Arguments& a, const std::vector<T>& drawn) {
           data(a.activity), data(a.left), data(a.inner), a.k,          r};
 }
 
-// dx W^T and what is added to it, [k * rows, out], for dx in bfloat16: by the library, some rows at a time, so that
-// what is added meets products that are still in cache, of up to 2048 columns
-Tensor low_product(const Arguments& a, const Tensor& dx_, const Addends<float>& addends) {
+// dx W^T and what is added to it, [k * rows, out], for dx in bfloat16
+Tensor tiled_product(const Arguments& a, const Tensor& dx_, const Addends<float>& addends) {
+  const int64_t rows = a.k * a.rows;
+  const Tensor dx = as_contiguous(dx_);
+  Tensor dy = new_tensor(dx, {rows, a.out}, ScalarType::BFloat16);
+  product<uint16_t>(
+      {{static_cast<const uint16_t*>(dx.const_data_ptr()), 0, rows}}, a.in,
+      static_cast<const float*>(a.weight.const_data_ptr()), a.out, static_cast<uint16_t*>(dy.mutable_data_ptr()),
+      [&](int64_t row, int64_t o, int64_t n, float* to) { addends.start(a.rows + row, o, n, to); });
+  return dy;
+}
+
+// The same by the library, some rows at a time, so that what is added meets products that are still in cache, of up to
+// 2048 columns
+Tensor library_product(const Arguments& a, const Tensor& dx_, const Addends<float>& addends) {
   const int64_t rows = a.k * a.rows, out = a.out;
   Tensor dy = new_tensor(dx_, {rows, out}, ScalarType::BFloat16);
   Tensor dx = torch::stable::view(as_contiguous(dx_), {rows, a.in});
@@ -272,7 +286,15 @@ Tensor widened_product(const Arguments& a, const Tensor& dx_, const Addends<floa
 Tensor low_tangents(const Arguments& a, const Tensor& dx, double* gram_out) {
   const std::vector<float> drawn = drawn_bias<float>(a, gram_out);
   const Addends<float> addends = addends_of(a, drawn);
-  return multiplies_bf16() ? low_product(a, dx, addends) : widened_product(a, dx, addends);
+  const bool deep = a.in > kDeepest;
+  switch (bf16_products()) {
+    case Bf16Products::kTile:
+      return deep ? library_product(a, dx, addends) : tiled_product(a, dx, addends);
+    case Bf16Products::kLibrary:
+      return library_product(a, dx, addends);
+    default:
+      return widened_product(a, dx, addends);
+  }
 }
 
 // buffer [1 + k, rows, out] receives x W^T + b and its tangents, before the activation.
@@ -364,7 +386,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_jvp(const Tensor& x, const std::option
   a.x = torch::stable::view(*prepare(x, compute), {rows, in});
   a.weight = *prepare(weight, compute);
   const bool low = dx && dx->scalar_type() == ScalarType::BFloat16 && x.scalar_type() == ScalarType::Float &&
-                   !dweight && !weight_offset && (multiplies_bf16() || has_tile<float>());
+                   !dweight && !weight_offset && (bf16_products() != Bf16Products::kNothing || has_tile<float>());
   if (!low) a.dx = prepare(dx, compute);
   a.bias = prepare(bias, compute);
   a.dweight = prepare(dweight, compute);

@@ -5,6 +5,9 @@
 //
 // Sums run over the inner dimension in order, whatever the number of threads and of rows. The library's order depends
 // on the number of rows.
+//
+// bfloat16 (uint16_t here) is multiplied with a weight that is float32 and packed as bfloat16; sums are float32 and
+// rounded once.
 #pragma once
 
 #include "draw.h"
@@ -14,14 +17,17 @@ namespace frog {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The table's entries by element type.
+template <class T>
+using SumOf = std::conditional_t<std::is_same_v<T, uint16_t>, float, T>;
+
+// The table's entries by element type, widths in sums.
 template <class T>
 inline int64_t vector_width() {
-  return sizeof(T) == sizeof(float) ? simd().vector_f32 : simd().vector_f64;
+  return sizeof(T) == sizeof(double) ? simd().vector_f64 : simd().vector_f32;
 }
 template <class T>
 inline int64_t panel_width() {
-  return sizeof(T) == sizeof(float) ? simd().panel_f32 : simd().panel_f64;
+  return sizeof(T) == sizeof(double) ? simd().panel_f64 : simd().panel_f32;
 }
 inline void tile(const float* xt, int64_t xt_ld, int64_t width, const float* v, int64_t v_ld, int64_t rows,
                  int64_t count, float* acc, int64_t acc_ld, bool fresh) {
@@ -40,6 +46,10 @@ inline void tile_listed(const double* xt, int64_t width, const double* v, int64_
   simd().tile_listed_f64(xt, width, v, v_ld, list, rows, count, acc, acc_ld, fresh);
 }
 /// Of a packed panel
+inline void tile(const uint16_t* xt, int64_t width, const uint16_t* v, int64_t v_ld, int64_t rows, int64_t count,
+                 float* acc, int64_t acc_ld, bool) {
+  simd().tile_bf16(xt, width, v, v_ld, rows, count, acc, acc_ld);
+}
 template <class T>
 void tile(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc, int64_t acc_ld,
           bool fresh) {
@@ -50,6 +60,9 @@ inline void pack(const float* x, int64_t ld, int64_t rows, int64_t count, int64_
 }
 inline void pack(const double* x, int64_t ld, int64_t rows, int64_t count, int64_t width, double* xt) {
   simd().pack_f64(x, ld, rows, count, width, xt);
+}
+inline void pack(const float* x, int64_t ld, int64_t rows, int64_t count, int64_t width, uint16_t* xt) {
+  simd().pack_bf16(x, ld, rows, count, width, xt);
 }
 
 /// Whether there is a register tile of several vectors; on one vector of accumulators `product` has no advantage.
@@ -77,27 +90,33 @@ struct Rows {
 /// through it; with many, w is packed once as a whole and a thread takes a block of rows, which stays in second-level
 /// cache, through all panels, so that a comes from memory once and not once for every panel.
 template <class T, class Start>
-void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t out, T* c, const Start& start) {
+void product(const std::vector<Rows<T>>& pieces, int64_t in, const SumOf<T>* w, int64_t out, T* c,
+             const Start& start) {
+  using Sum = SumOf<T>;
+  constexpr bool kNarrows = sizeof(Sum) > sizeof(T);
   constexpr int64_t kBlock = 32;  // strips of kTileRows rows that stay in second-level cache
   constexpr int64_t kManyStrips = 16 * kBlock;
-  constexpr int64_t kDepth = 1024;             // of a packed panel, which stays in second-level cache
+  constexpr int64_t kDepth = 1024;  // of a packed panel, which stays in second-level cache; not of sums to be narrowed
   constexpr int64_t kWork = int64_t{1} << 18;  // multiplications that are worth a thread
   int64_t strips = 0;                          // of all pieces, numbered one after the other
   for (const Rows<T>& piece : pieces) strips += ceil_div(piece.count, kTileRows);
-  const int64_t panel = panel_width<T>(), vector = vector_width<T>(), depth = std::clamp<int64_t>(in, 1, kDepth);
+  const int64_t panel = panel_width<T>(), vector = vector_width<T>();
+  const int64_t depth = kNarrows ? std::max<int64_t>(1, in) : std::clamp<int64_t>(in, 1, kDepth);
+  const int64_t held = kNarrows ? ceil_div(in, 2) * 2 : in;  // rows of a packed panel
   const int64_t panels = ceil_div(out, panel), vectors = ceil_div(out, vector);
   const auto width_of = [&](int64_t p) { return ceil_div(std::min(panel, out - p * panel), vector) * vector; };
   // strips first .. last through columns i0 .. i0 + n of panel p, which `packed` holds; edge [kTileRows, panel], zeros
   // at first
-  const auto multiply = [&](int64_t first, int64_t last, int64_t p, int64_t i0, int64_t n, const T* packed, T* edge) {
+  const auto multiply = [&](int64_t first, int64_t last, int64_t p, int64_t i0, int64_t n, const T* packed, Sum* edge) {
     const int64_t o = p * panel, live = std::min(panel, out - o), width = width_of(p);
     for (const Rows<T>& piece : pieces) {
       const int64_t here = ceil_div(piece.count, kTileRows);
       for (int64_t s = std::max<int64_t>(first, 0); s < std::min(last, here); ++s) {
         const int64_t r = s * kTileRows, rows = std::min(kTileRows, piece.count - r);
         T* target = c + (piece.first + r) * out + o;
-        T* acc = live == width ? target : edge;  // the tile writes whole vectors
-        const int64_t ld = live == width ? out : panel;
+        const bool apart = kNarrows || live != width;  // the tile writes whole vectors of sums
+        Sum* acc = apart ? edge : reinterpret_cast<Sum*>(target);
+        const int64_t ld = apart ? panel : out;
         // lines of the next strip, which come from memory meanwhile
         for (int64_t j = rows; i0 == 0 && j < std::min(rows + kTileRows, piece.count - r); ++j) {
           const char* line = reinterpret_cast<const char*>(target + j * out);
@@ -108,33 +127,37 @@ void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t
         for (int64_t j = 0; j < rows; ++j) {
           if (i0 == 0) {
             start(piece.first + r + j, o, live, acc + j * ld);
-          } else if (acc != target) {
+          } else if (apart) {
             std::copy(target + j * out, target + j * out + live, acc + j * ld);
           }
         }
         tile(packed, width, piece.a + r * in + i0, in, rows, n, acc, ld, false);
-        for (int64_t j = 0; acc != target && j < rows; ++j) {
-          std::copy(acc + j * ld, acc + j * ld + live, target + j * out);
+        for (int64_t j = 0; apart && j < rows; ++j) {
+          if constexpr (kNarrows) {
+            simd().narrow_bf16(acc + j * ld, live, target + j * out);
+          } else {
+            std::copy(acc + j * ld, acc + j * ld + live, target + j * out);
+          }
         }
       }
       first -= here, last -= here;
     }
   };
   if (strips >= kManyStrips) {
-    Scratch<T> packed(panels * panel * in);
+    Scratch<T> packed(panels * panel * held);
     torch::stable::parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
       for (int64_t p = from; p < to; ++p) {
-        const T* rows = w + p * panel * in;
-        pack(rows, in, std::min(panel, out - p * panel), in, width_of(p), packed.data() + p * panel * in);
+        const Sum* rows = w + p * panel * in;
+        pack(rows, in, std::min(panel, out - p * panel), in, width_of(p), packed.data() + p * panel * held);
       }
     });
     torch::stable::parallel_for(0, strips, kBlock, [&](int64_t from, int64_t to) {
-      Scratch<T> edge(kTileRows * panel);
-      std::fill(edge.data(), edge.data() + kTileRows * panel, T(0));
+      Scratch<Sum> edge(kTileRows * panel);
+      std::fill(edge.data(), edge.data() + kTileRows * panel, Sum(0));
       for (int64_t s = from; s < to; s += kBlock) {
         for (int64_t p = 0; p < panels; ++p) {
           for (int64_t i0 = 0; i0 == 0 || i0 < in; i0 += depth) {
-            const T* part = packed.data() + p * panel * in + i0 * width_of(p);
+            const T* part = packed.data() + p * panel * held + i0 * width_of(p);
             multiply(s, std::min(to, s + kBlock), p, i0, std::min(depth, in - i0), part, edge.data());
           }
         }
@@ -145,8 +168,9 @@ void product(const std::vector<Rows<T>>& pieces, int64_t in, const T* w, int64_t
   // A unit of work is a strip times a vector of columns, so that threads get equal shares though panels differ in width
   const int64_t grain = std::max<int64_t>(1, kWork / std::max<int64_t>(1, kTileRows * vector * in));
   torch::stable::parallel_for(0, strips * vectors, grain, [&](int64_t from, int64_t to) {
-    Scratch<T> packed(panel * depth), edge(kTileRows * panel);
-    std::fill(edge.data(), edge.data() + kTileRows * panel, T(0));
+    Scratch<T> packed(panel * ceil_div(depth, 2) * 2);
+    Scratch<Sum> edge(kTileRows * panel);
+    std::fill(edge.data(), edge.data() + kTileRows * panel, Sum(0));
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t before = p * (panel / vector) * strips, units = width_of(p) / vector;
       const int64_t first = ceil_div(std::max<int64_t>(from - before, 0), units);

@@ -23,6 +23,7 @@
 #include "attention_impl.h"
 #include "normalization_impl.h"
 #include "pooling_impl.h"
+#include "bf16_avx512.h"
 #include "kernels_impl.h"
 
 namespace frog {

@@ -48,22 +48,25 @@ inline SimdLevel choose_simd() {
                               accepted);
 }
 
-// Whether the library multiplies bfloat16 matrices faster than float32 ones (measured, docs/performance.md): on AMD by
-// AVX-512 BF16, in a fifth of the time; on Intel by AMX only, whose AVX-512 BF16 does no more multiplications a cycle
-// than float32 has, and takes 1.8 times as long; without either, in up to five times as long.
-inline bool multiplies_bf16() {
+// What multiplies bfloat16 matrices in less time than float32 ones take (measured, docs/performance.md).
+enum class Bf16Products { kNothing, kTile, kLibrary };
+
+// On AMD it is AVX-512 BF16, and the tile has it. Intel's does no more multiplications a cycle than float32 has and takes
+// 1.8 times as long; there it is AMX, which the library has. Without either the library takes up to five times as long.
+inline Bf16Products bf16_products() {
 #if defined(FROG_X86_KERNELS)
-  static const bool found = [] {
+  static const Bf16Products found = [] {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx512bf16") || choose_simd() != SimdLevel::kAvx512) return false;
+    if (!__builtin_cpu_supports("avx512bf16") || choose_simd() != SimdLevel::kAvx512) return Bf16Products::kNothing;
     constexpr unsigned kAmxBf16 = 1u << 22;  // of edx; not every compiler that builds this knows its name
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    const bool amx = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16);
-    return amx || __builtin_cpu_is("amd");
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16)) return Bf16Products::kLibrary;
+    if (!__builtin_cpu_is("amd")) return Bf16Products::kNothing;
+    return avx512_kernels()->tile_bf16 ? Bf16Products::kTile : Bf16Products::kLibrary;
   }();
   return found;
 #else
-  return false;
+  return Bf16Products::kNothing;
 #endif
 }
 

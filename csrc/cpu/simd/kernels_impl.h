@@ -365,6 +365,14 @@ void pack(const T* x, int64_t ld, int64_t rows, int64_t count, int64_t width, T*
   }
 }
 
+#if FROG_BF16_TILE
+constexpr auto kBf16Tile = bf16_tile;
+constexpr auto kBf16Pack = bf16_pack;
+#else
+constexpr decltype(SimdKernels::tile_bf16) kBf16Tile = nullptr;
+constexpr decltype(SimdKernels::pack_bf16) kBf16Pack = nullptr;
+#endif
+
 #define FROG_STRING_(x) #x
 #define FROG_STRING(x) FROG_STRING_(x)
 const SimdKernels kTable = {
@@ -382,6 +390,8 @@ const SimdKernels kTable = {
     tile_listed<double>,
     pack<float>,
     pack<double>,
+    kBf16Tile,
+    kBf16Pack,
     attend<float>,
     attend<double>,
     rescale<float>,

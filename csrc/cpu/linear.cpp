@@ -224,7 +224,9 @@ Tensor tiled_product(const Arguments& a, const Tensor& dx_, const Addends<float>
   product<uint16_t>(
       {{static_cast<const uint16_t*>(dx.const_data_ptr()), 0, rows}}, a.in,
       static_cast<const float*>(a.weight.const_data_ptr()), a.out, static_cast<uint16_t*>(dy.mutable_data_ptr()),
-      [&](int64_t row, int64_t o, int64_t n, float* to) { addends.start(a.rows + row, o, n, to); });
+      [&](int64_t row, int64_t count, int64_t o, int64_t n, float* to, int64_t ld) {
+        addends.start(a.rows + row, count, o, n, to, ld);
+      });
   return dy;
 }
 
@@ -275,7 +277,9 @@ Tensor widened_product(const Arguments& a, const Tensor& dx_, const Addends<floa
     });
     product<float>(
         {{wide.data(), 0, n}}, in, w, out, sums.data(),
-        [&](int64_t row, int64_t o, int64_t count, float* c) { addends.start(a.rows + r + row, o, count, c); });
+        [&](int64_t row, int64_t count, int64_t o, int64_t width, float* c, int64_t ld) {
+          addends.start(a.rows + r + row, count, o, width, c, ld);
+        });
     torch::stable::parallel_for(0, n, grain(out), [&](int64_t first, int64_t last) {
       simd().narrow_bf16(sums.data() + first * out, (last - first) * out, to + (r + first) * out);
     });
@@ -317,7 +321,9 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
     } else if (dx) {
       pieces.push_back({dx, rows, k * rows});
     }
-    product(pieces, in, w, out, y, [&](int64_t row, int64_t o, int64_t n, T* to) { addends.start(row, o, n, to); });
+    product(pieces, in, w, out, y, [&](int64_t row, int64_t count, int64_t o, int64_t n, T* to, int64_t ld) {
+      addends.start(row, count, o, n, to, ld);
+    });
   } else {
     const Tensor wt = torch::stable::transpose(a.weight, 0, 1);  // [in, out]
     Tensor y_rows = part_of(buffer, 0, {rows, out});
@@ -356,7 +362,9 @@ Tensor times_rows(const Tensor& a, const Tensor& w) {
   } else {
     product<T>({{static_cast<const T*>(a.const_data_ptr()), 0, rows}}, in, static_cast<const T*>(w.const_data_ptr()),
                out, static_cast<T*>(y.mutable_data_ptr()),
-               [](int64_t, int64_t, int64_t n, T* to) { std::fill(to, to + n, T(0)); });
+               [](int64_t, int64_t count, int64_t, int64_t n, T* to, int64_t ld) {
+                 for (int64_t j = 0; j < count; ++j) std::fill(to + j * ld, to + j * ld + n, T(0));
+               });
   }
   return y;
 }

@@ -17,38 +17,54 @@ struct Addends {
   /// Whether the tangents have any.
   bool moves() const { return dbias || activity || left; }
   bool any() const { return bias || moves(); }
-  /// `to` [n] becomes the addends of a row at columns o .. o + n.
-  void start(int64_t row, int64_t o, int64_t n, T* to) const {
-    const int64_t i = row / rows - 1;
-    auto [first, second] = stored(row, o);
-    if (!first) std::swap(first, second);
-    if (first) {
-      std::copy(first, first + n, to);
-    } else {
-      std::fill(to, to + n, T(0));
-    }
-    if (second) math<T>().add_scaled(second, T(1), n, to);
-    if (i >= 0 && left) add_low_rank(i, row % rows, o, n, to);
+  /// `to` [count, n], of row stride ld, becomes the addends of rows row .. row + count at columns o .. o + n.
+  void start(int64_t row, int64_t count, int64_t o, int64_t n, T* to, int64_t ld) const {
+    for_each_tangent(row, count, [&](int64_t i, int64_t s, int64_t run, int64_t j) {
+      T* sums = to + j * ld;
+      int64_t phase = i >= 0 && activity ? s % period : 0;
+      for (int64_t l = 0; l < run; ++l, phase = phase + 1 == period ? 0 : phase + 1) {
+        auto [first, second] = stored(i, phase, o);
+        if (!first) std::swap(first, second);
+        if (first) {
+          std::copy(first, first + n, sums + l * ld);
+        } else {
+          std::fill(sums + l * ld, sums + l * ld + n, T(0));
+        }
+        if (second) math<T>().add_scaled(second, T(1), n, sums + l * ld);
+      }
+      if (i >= 0 && left) add_low_rank(i, s, run, o, n, sums, ld);
+    });
   }
   /// `to` [n] += the addends of a row at columns o .. o + n.
   void add(int64_t row, int64_t o, int64_t n, T* to) const {
-    const int64_t i = row / rows - 1;
-    for (const T* from : stored(row, o)) {
+    const int64_t i = row / rows - 1, s = row % rows;
+    for (const T* from : stored(i, s % period, o)) {
       if (from) math<T>().add_scaled(from, T(1), n, to);
     }
-    if (i >= 0 && left) add_low_rank(i, row % rows, o, n, to);
+    if (i >= 0 && left) add_low_rank(i, s, 1, o, n, to, n);
   }
 
  private:
-  /// Those that lie in memory, from column o on; null where not given.
-  std::array<const T*, 2> stored(int64_t row, int64_t o) const {
-    const int64_t i = row / rows - 1, s = row % rows;
-    if (i < 0) return {bias ? bias + o : nullptr, nullptr};
-    return {dbias ? dbias + i * out + o : nullptr, activity ? activity + (i * period + s % period) * out + o : nullptr};
+  /// f(i, s, run, j) for row + j .. row + j + run, which are rows s .. s + run of tangent i, or of the primal for -1
+  template <class F>
+  void for_each_tangent(int64_t row, int64_t count, const F& f) const {
+    int64_t i = row / rows - 1, s = row % rows;
+    for (int64_t j = 0; j < count; ++i, s = 0) {
+      const int64_t run = std::min(count - j, rows - s);
+      f(i, s, run, j);
+      j += run;
+    }
   }
-  void add_low_rank(int64_t i, int64_t s, int64_t o, int64_t n, T* to) const {
-    for (int64_t m = 0; m < r; ++m) {
-      math<T>().add_scaled(left + (i * r + m) * out + o, inner[(s * k + i) * r + m], n, to);
+  /// Those that lie in memory, from column o on; null where not given.
+  std::array<const T*, 2> stored(int64_t i, int64_t phase, int64_t o) const {
+    if (i < 0) return {bias ? bias + o : nullptr, nullptr};
+    return {dbias ? dbias + i * out + o : nullptr, activity ? activity + (i * period + phase) * out + o : nullptr};
+  }
+  /// Rows s .. s + count of tangent i. The tile would take them together, in more time.
+  void add_low_rank(int64_t i, int64_t s, int64_t count, int64_t o, int64_t n, T* to, int64_t ld) const {
+    const T *factors = left + i * r * out + o, *scales = inner + (s * k + i) * r;
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t m = 0; m < r; ++m) math<T>().add_scaled(factors + m * out, scales[j * k * r + m], n, to + j * ld);
     }
   }
 };
@@ -60,7 +76,7 @@ void add_rows(const Addends<T>& addends, int64_t from, int64_t to, bool fresh, T
   torch::stable::parallel_for(from, to, grain, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       if (fresh) {
-        addends.start(r, 0, out, c + r * out);
+        addends.start(r, 1, 0, out, c + r * out, out);
       } else {
         addends.add(r, 0, out, c + r * out);
       }

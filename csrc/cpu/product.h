@@ -46,10 +46,6 @@ inline void tile_listed(const double* xt, int64_t width, const double* v, int64_
   simd().tile_listed_f64(xt, width, v, v_ld, list, rows, count, acc, acc_ld, fresh);
 }
 /// Of a packed panel
-inline void tile(const uint16_t* xt, int64_t width, const uint16_t* v, int64_t v_ld, int64_t rows, int64_t count,
-                 float* acc, int64_t acc_ld, bool) {
-  simd().tile_bf16(xt, width, v, v_ld, rows, count, acc, acc_ld);
-}
 template <class T>
 void tile(const T* xt, int64_t width, const T* v, int64_t v_ld, int64_t rows, int64_t count, T* acc, int64_t acc_ld,
           bool fresh) {
@@ -85,8 +81,8 @@ struct Rows {
   int64_t first, count;
 };
 
-/// c [*, out] = start + a w^T for a [*, in] in one or more pieces and w [out, in]; start(row, o, n, to) writes the n
-/// values that the sums of a row start from at column o. With few rows, a thread packs a panel of w and takes its rows
+/// c [*, out] = start + a w^T for a [*, in] in one or more pieces and w [out, in]; start(row, count, o, n, to, ld)
+/// writes what the sums of rows row .. row + count start from at columns o .. o + n, in rows of stride ld. With few rows, a thread packs a panel of w and takes its rows
 /// through it; with many, w is packed once as a whole and a thread takes a block of rows, which stays in second-level
 /// cache, through all panels, so that a comes from memory once and not once for every panel.
 template <class T, class Start>
@@ -124,18 +120,15 @@ void product(const std::vector<Rows<T>>& pieces, int64_t in, const SumOf<T>* w, 
             __builtin_prefetch(line + byte, 1);
           }
         }
-        for (int64_t j = 0; j < rows; ++j) {
-          if (i0 == 0) {
-            start(piece.first + r + j, o, live, acc + j * ld);
-          } else if (apart) {
+        if (i0 == 0) start(piece.first + r, rows, o, live, acc, ld);
+        if constexpr (kNarrows) {
+          simd().tile_bf16(packed, width, piece.a + r * in, in, rows, n, acc, ld, live, target, out);
+        } else {
+          for (int64_t j = 0; apart && i0 > 0 && j < rows; ++j) {
             std::copy(target + j * out, target + j * out + live, acc + j * ld);
           }
-        }
-        tile(packed, width, piece.a + r * in + i0, in, rows, n, acc, ld, false);
-        for (int64_t j = 0; apart && j < rows; ++j) {
-          if constexpr (kNarrows) {
-            simd().narrow_bf16(acc + j * ld, live, target + j * out);
-          } else {
+          tile(packed, width, piece.a + r * in + i0, in, rows, n, acc, ld, false);
+          for (int64_t j = 0; apart && j < rows; ++j) {
             std::copy(acc + j * ld, acc + j * ld + live, target + j * out);
           }
         }

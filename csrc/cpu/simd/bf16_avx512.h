@@ -23,12 +23,13 @@ __m512i pair_at(const uint16_t* row) {
   return _mm512_set1_epi32(pair);
 }
 
-// R rows of v against N vectors of xt; the sums stay in registers over the whole count.
+// R rows of v against N vectors of xt; the sums stay in registers until they are rounded.
 template <int R, int N>
-void bf16_tile_fixed(const uint16_t* xt, const uint16_t* v, int64_t v_ld, int64_t count, float* acc, int64_t acc_ld) {
+void bf16_tile_fixed(const uint16_t* xt, const uint16_t* v, int64_t v_ld, int64_t count, const float* start,
+                     int64_t start_ld, int64_t live, uint16_t* out, int64_t out_ld) {
   __m512 sums[R][N];
   for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) sums[r][n] = _mm512_loadu_ps(acc + r * acc_ld + n * F32::kWidth);
+    for (int n = 0; n < N; ++n) sums[r][n] = _mm512_loadu_ps(start + r * start_ld + n * F32::kWidth);
   }
   int64_t c = 0;
   const auto step = [&](auto pair) {
@@ -41,17 +42,22 @@ void bf16_tile_fixed(const uint16_t* xt, const uint16_t* v, int64_t v_ld, int64_
   };
   for (; c + kPair <= count; c += kPair) step(pair_at<kPair>);
   if (c < count) step(pair_at<1>);
+  const int64_t rest = live - (N - 1) * F32::kWidth;  // of the last vector
   for (int r = 0; r < R; ++r) {
-    for (int n = 0; n < N; ++n) _mm512_storeu_ps(acc + r * acc_ld + n * F32::kWidth, sums[r][n]);
+    for (int n = 0; n < N; ++n) {
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums[r][n]);
+      const __mmask16 kept = n + 1 < N ? 0xFFFF : first_lanes32(rest);
+      _mm256_mask_storeu_epi16(out + r * out_ld + n * F32::kWidth, kept, rounded);
+    }
   }
 }
 
 template <int N>
-void bf16_tile_rows(const uint16_t* xt, const uint16_t* v, int64_t v_ld, int64_t rows, int64_t count, float* acc,
-                    int64_t acc_ld) {
+void bf16_tile_rows(const uint16_t* xt, const uint16_t* v, int64_t v_ld, int64_t rows, int64_t count,
+                    const float* start, int64_t start_ld, int64_t live, uint16_t* out, int64_t out_ld) {
   int64_t r = 0;
   const auto take = [&](auto tile, int taken) {
-    tile(xt, v + r * v_ld, v_ld, count, acc + r * acc_ld, acc_ld);
+    tile(xt, v + r * v_ld, v_ld, count, start + r * start_ld, start_ld, live, out + r * out_ld, out_ld);
     r += taken;
   };
   while (r + 6 <= rows) take(bf16_tile_fixed<6, N>, 6);
@@ -61,16 +67,17 @@ void bf16_tile_rows(const uint16_t* xt, const uint16_t* v, int64_t v_ld, int64_t
 }
 
 inline void bf16_tile(const uint16_t* xt, int64_t width, const uint16_t* v, int64_t v_ld, int64_t rows, int64_t count,
-                      float* acc, int64_t acc_ld) {
+                      const float* start, int64_t start_ld, int64_t live, uint16_t* out, int64_t out_ld) {
+  const auto take = [&](auto tile) { tile(xt, v, v_ld, rows, count, start, start_ld, live, out, out_ld); };
   switch (width / F32::kWidth) {
     case 4:
-      return bf16_tile_rows<4>(xt, v, v_ld, rows, count, acc, acc_ld);
+      return take(bf16_tile_rows<4>);
     case 3:
-      return bf16_tile_rows<3>(xt, v, v_ld, rows, count, acc, acc_ld);
+      return take(bf16_tile_rows<3>);
     case 2:
-      return bf16_tile_rows<2>(xt, v, v_ld, rows, count, acc, acc_ld);
+      return take(bf16_tile_rows<2>);
     default:
-      return bf16_tile_rows<1>(xt, v, v_ld, rows, count, acc, acc_ld);
+      return take(bf16_tile_rows<1>);
   }
 }
 

@@ -101,11 +101,12 @@ struct SimdKernels {
   // a panel for the tile: xt[c * width + r] = x[r * ld + c] for c < count and r < width, zeros where r >= rows
   void (*pack_f32)(const float* x, int64_t ld, int64_t rows, int64_t count, int64_t width, float* xt);
   void (*pack_f64)(const double* x, int64_t ld, int64_t rows, int64_t count, int64_t width, double* xt);
-  // the same in bfloat16, added to sums in float32; pairs of columns lie together, and a last one has a zero beside it:
-  // xt[(c - c % 2) * width + 2 * r + c % 2] = x[r * ld + c]. Null where the instruction set has none; not for machines
-  // without AVX-512 BF16, though their table be the same (bf16_products of choice.h)
+  // out[r * out_ld + b] = start[r * start_ld + b] + sum_c v[r * v_ld + c] * xt[.. c, b ..] for b < live, where width is
+  // live rounded up to vectors; all in bfloat16 but `start` and the sums. Pairs of columns lie together, and a last one
+  // has a zero beside it: xt[(c - c % 2) * width + 2 * b + c % 2]. Null where the instruction set has none; not for
+  // machines without AVX-512 BF16, though their table be the same (bf16_products of choice.h)
   void (*tile_bf16)(const uint16_t* xt, int64_t width, const uint16_t* v, int64_t v_ld, int64_t rows, int64_t count,
-                    float* acc, int64_t acc_ld);
+                    const float* start, int64_t start_ld, int64_t live, uint16_t* out, int64_t out_ld);
   void (*pack_bf16)(const float* x, int64_t ld, int64_t rows, int64_t count, int64_t width, uint16_t* xt);
   // one step of online softmax with tangents, and the rescaling it asks for; see attention_impl.h
   void (*attend_f32)(float* scores, int64_t rows, int64_t k, int64_t count, int64_t ld, float* max, float* sum,

@@ -309,6 +309,26 @@ def test_low_precision_tangents_of_many_rows():
     assert_as_good_as_torch(dy, torch_own(given)[1], expected(given)[1])
 
 
+def test_low_precision_tangents_of_many_columns():
+    """More of them than a panel of the weight has in a cache; an odd number, as the tile multiplies pairs."""
+    for size in (1023, 8191, 8193):
+        given = arguments(2, (7, size), 9, torch.float32, dx=True, weight="factors", tangent_dtype=torch.bfloat16)
+        _, dy, _ = ops.linear_jvp(**given)
+        assert_as_good_as_torch(dy, torch_own(given)[1], expected(given)[1])
+
+
+def test_low_precision_values_that_are_not_finite_stay_where_they_belong():
+    given = arguments(2, (7, 33), 70, torch.float32, dx=True, tangent_dtype=torch.bfloat16)
+    finite = ops.linear_jvp(**given)[1]
+    given["dx"][1, 3, 32], given["dx"][0, 2, 0] = torch.inf, torch.nan
+    dy = ops.linear_jvp(**given)[1]
+    touched = torch.zeros(2, 7, dtype=torch.bool)
+    touched[1, 3] = touched[0, 2] = True
+    assert torch.equal(dy[~touched], finite[~touched])
+    assert torch.equal(dy[1, 3], torch.inf * given["weight"][:, 32].sign().bfloat16())
+    assert dy[0, 2].isnan().all()
+
+
 def test_low_precision_tangents_strided_activated_or_empty():
     """What the product of bfloat16 tangents leaves to other code."""
     wide = randn(3, 40, 34, dtype=torch.bfloat16)

@@ -311,7 +311,7 @@ def test_low_precision_tangents_of_many_rows():
 
 def test_low_precision_tangents_of_many_columns():
     """More of them than a panel of the weight has in a cache; an odd number, as the tile multiplies pairs."""
-    for size in (1023, 8191, 8193):
+    for size in (1023, 4095, 4097):
         given = arguments(2, (7, size), 9, torch.float32, dx=True, weight="factors", tangent_dtype=torch.bfloat16)
         _, dy, _ = ops.linear_jvp(**given)
         assert_as_good_as_torch(dy, torch_own(given)[1], expected(given)[1])

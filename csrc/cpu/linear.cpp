@@ -32,7 +32,7 @@ constexpr int64_t kStretchElements = int64_t{1} << 20;  // of tangents that are 
 // bytes of bfloat16 products that wait for what is added to them; at least so many rows, as each product packs the
 // weight
 constexpr int64_t kStretchBytes = 4 << 20, kFewestRows = 1024;
-constexpr int64_t kDeepest = 8192;  // rows of a bfloat16 panel that still fits into second-level cache
+constexpr int64_t kDeepest = 4096;            // rows of a bfloat16 panel, half of a second-level cache
 constexpr int64_t kExactGramElements = 4096;  // below this, tangents can be nearly dependent: products in double
 
 // x [rows, in] as panels [in, width]: the last panel is as wide as whole vectors need and padded with zeros.
@@ -221,12 +221,12 @@ Tensor tiled_product(const Arguments& a, const Tensor& dx_, const Addends<float>
   const int64_t rows = a.k * a.rows;
   const Tensor dx = as_contiguous(dx_);
   Tensor dy = new_tensor(dx, {rows, a.out}, ScalarType::BFloat16);
-  product<uint16_t>(
-      {{static_cast<const uint16_t*>(dx.const_data_ptr()), 0, rows}}, a.in,
-      static_cast<const float*>(a.weight.const_data_ptr()), a.out, static_cast<uint16_t*>(dy.mutable_data_ptr()),
-      [&](int64_t row, int64_t count, int64_t o, int64_t n, float* to, int64_t ld) {
-        addends.start(a.rows + row, count, o, n, to, ld);
-      });
+  product<uint16_t>({{static_cast<const uint16_t*>(dx.const_data_ptr()), 0, rows}}, a.in,
+                    static_cast<const float*>(a.weight.const_data_ptr()), a.out,
+                    static_cast<uint16_t*>(dy.mutable_data_ptr()),
+                    [&](int64_t row, int64_t count, int64_t o, int64_t n, float* to, int64_t ld) {
+                      addends.start(a.rows + row, count, o, n, to, ld);
+                    });
   return dy;
 }
 
@@ -275,11 +275,10 @@ Tensor widened_product(const Arguments& a, const Tensor& dx_, const Addends<floa
     torch::stable::parallel_for(0, n, grain(in), [&](int64_t first, int64_t last) {
       simd().widen_bf16(from + (r + first) * in, (last - first) * in, wide.data() + first * in);
     });
-    product<float>(
-        {{wide.data(), 0, n}}, in, w, out, sums.data(),
-        [&](int64_t row, int64_t count, int64_t o, int64_t width, float* c, int64_t ld) {
-          addends.start(a.rows + r + row, count, o, width, c, ld);
-        });
+    product<float>({{wide.data(), 0, n}}, in, w, out, sums.data(),
+                   [&](int64_t row, int64_t count, int64_t o, int64_t width, float* c, int64_t ld) {
+                     addends.start(a.rows + r + row, count, o, width, c, ld);
+                   });
     torch::stable::parallel_for(0, n, grain(out), [&](int64_t first, int64_t last) {
       simd().narrow_bf16(sums.data() + first * out, (last - first) * out, to + (r + first) * out);
     });

@@ -60,7 +60,7 @@ struct Addends {
     if (i < 0) return {bias ? bias + o : nullptr, nullptr};
     return {dbias ? dbias + i * out + o : nullptr, activity ? activity + (i * period + phase) * out + o : nullptr};
   }
-  /// Rows s .. s + count of tangent i. The tile would take them together, in more time.
+  /// Rows s .. s + count of tangent i
   void add_low_rank(int64_t i, int64_t s, int64_t count, int64_t o, int64_t n, T* to, int64_t ld) const {
     const T *factors = left + i * r * out + o, *scales = inner + (s * k + i) * r;
     for (int64_t j = 0; j < count; ++j) {

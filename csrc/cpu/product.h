@@ -82,12 +82,12 @@ struct Rows {
 };
 
 /// c [*, out] = start + a w^T for a [*, in] in one or more pieces and w [out, in]; start(row, count, o, n, to, ld)
-/// writes what the sums of rows row .. row + count start from at columns o .. o + n, in rows of stride ld. With few rows, a thread packs a panel of w and takes its rows
-/// through it; with many, w is packed once as a whole and a thread takes a block of rows, which stays in second-level
-/// cache, through all panels, so that a comes from memory once and not once for every panel.
+/// writes what the sums of rows row .. row + count start from at columns o .. o + n, in rows of stride ld. With few
+/// rows, a thread packs a panel of w and takes its rows through it; with many, w is packed once as a whole and a thread
+/// takes a block of rows, which stays in second-level cache, through all panels, so that a comes from memory once and
+/// not once for every panel.
 template <class T, class Start>
-void product(const std::vector<Rows<T>>& pieces, int64_t in, const SumOf<T>* w, int64_t out, T* c,
-             const Start& start) {
+void product(const std::vector<Rows<T>>& pieces, int64_t in, const SumOf<T>* w, int64_t out, T* c, const Start& start) {
   using Sum = SumOf<T>;
   constexpr bool kNarrows = sizeof(Sum) > sizeof(T);
   constexpr int64_t kBlock = 32;  // strips of kTileRows rows that stay in second-level cache

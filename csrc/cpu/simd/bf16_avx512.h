@@ -1,5 +1,5 @@
 // The tile of products in bfloat16 with sums in float32, by AVX-512 BF16: 64 operations an instruction, twice those of
-// a float32 one. choice.h says which machines have use for it. Included after kernels_impl.h's needs, in avx512.cpp.
+// a float32 one. choice.h says which machines have use for it. Included after the target pragma.
 #pragma once
 
 #if __GNUC__ >= 10

@@ -51,8 +51,9 @@ inline SimdLevel choose_simd() {
 // What multiplies bfloat16 matrices in less time than float32 ones take (measured, docs/performance.md).
 enum class Bf16Products { kNothing, kTile, kLibrary };
 
-// On AMD it is AVX-512 BF16, and the tile has it. Intel's does no more multiplications a cycle than float32 has and takes
-// 1.8 times as long; there it is AMX, which the library has. Without either the library takes up to five times as long.
+// On AMD it is AVX-512 BF16, and the tile has it. Intel's does no more multiplications a cycle than float32 has and
+// takes 1.8 times as long; there it is AMX, which the library has. Without either the library takes up to five times as
+// long.
 inline Bf16Products bf16_products() {
 #if defined(FROG_X86_KERNELS)
   static const Bf16Products found = [] {

@@ -22,8 +22,8 @@ from frog_cuda.tangents import LowRank
 BOUND = 1e-8
 #: The same in float32. A directional derivative is a sum over n products of either sign, each rounded to 6e-8, with a result
 #: about sqrt(n) times smaller than the sum of their sizes: 6e-8 sqrt(n) is 3e-4 for the largest fully-connected net. There the
-#: sums of two libraries fall on different sides of the kink of a ReLU for one activation in half a million, by which a derivative
-#: differs by 1e-3 to 4e-3 (medians of nine tangents, k = 1). A wrong result in float64 shows all the same.
+#: sums of two libraries fall on different sides of the kink of a ReLU for one activation in half a million, by which a
+#: derivative differs by 1e-3 to 4e-3 (medians of nine tangents, k = 1). A wrong result in float64 shows all the same.
 BOUND32 = 1e-2
 #: In a deep model little is left of what the tangents of every layer contribute, and more activations lie at a kink: up to 5e-2
 #: was seen in ResNet18 with k = 1.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from report_tables import Record
+from report_tables import Record, in_order
 
 #: colours of Okabe and Ito, told apart by the colour-blind; markers and lines tell them apart in print. Solid: this package.
 STYLES: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ def write(folder: Path, records: Sequence[Record]) -> list[str]:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
-    names = []
+    names, records = [], in_order(records)
     for kind, draw in PLOTS.items():
         models = list(
             dict.fromkeys(

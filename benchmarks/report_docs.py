@@ -10,7 +10,7 @@ import plots
 import scaling
 from cases import MORE, OURS
 from memory import UPDATE
-from report_tables import Record, find, milliseconds, table
+from report_tables import Record, find, in_order, milliseconds, table
 
 OUR_NAMES = [m.name for m in (*OURS, *MORE)]
 ORDER = [
@@ -191,6 +191,7 @@ def backprop_wins(records: Sequence[Record], models: Sequence[str]) -> str:
 
 def page(file: str, machine: Record, records: Sequence[Record], images: Sequence[str]) -> str:
     """The whole page. ``file``: name of the JSON."""
+    records = in_order(records)
     shown = [r for r in records if r["table"] in ("gradient", "memory", "scaling", "gram")]
     loads = [r["load"] for r in shown if "load" in r]
     load = f", with a median of {statistics.median(loads):.1f} programs running or waiting for a core" if loads else ""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import problems
+
 Record = dict[str, Any]
 
 
@@ -31,6 +33,12 @@ def circumstances() -> Record:
     measured one included)."""
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M")
     return {"measured": now, "load": round(os.getloadavg()[0], 1)}
+
+
+def in_order(records: Sequence[Record]) -> list[Record]:
+    """By model, in the order in which a whole run measures them; a run in pieces appends what it measures."""
+    ranks = {model: rank for rank, model in enumerate(problems.PAPER)}
+    return sorted(records, key=lambda r: ranks.get(r.get("model", ""), len(ranks)))
 
 
 def find(records: Sequence[Record], **wanted: Any) -> Record | None:

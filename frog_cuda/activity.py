@@ -29,6 +29,7 @@ from .hooks import Perturb, hooked, returns_what_is_new
 from .layers import Group
 from .local import local_gradient
 from .rerun import Call, Finished, local_gradients, snapshot
+from .rows import check_apart, check_numbers, doubtful, mixes_samples
 from .segments import AT_ONCE, Segment, Trace, blocks, grams, joined, sample_grams, shared_gram
 from .share import ALONE, Share
 from .tangents import Distribution, LowRank, Piece, StandardBasis, Supplied, TangentSet
@@ -49,6 +50,8 @@ class ActivityPerturbation:
         self._pieces: list[Piece] = []
         #: names and offsets of activities whose tangents were added by themselves in an earlier pass: nothing takes them along
         self._added: set[tuple[str, int]] = set()
+        #: names of activities whose first axis is known to be that of the samples
+        self._samples_first: set[str] = set()
         self._warned = False
         self._draws_numbers = False  # seen where a layer last ran a second time
         self._repeats_passes = any(group.rule is None and not group.runs_again for group in groups)
@@ -121,6 +124,8 @@ class ActivityPerturbation:
         kept.clear()  # so that what is joined later is freed piece by piece
         parts = before = after = []
         self._warn_of_layers_not_called(trace)
+        if self.per_sample and value.dim() == 1:
+            self._check_samples(trace, step, len(value))
         moved = share.gather(columns[0] if len(columns) == 1 else torch.cat(columns), loss, k)
         return self.finish(trace, tangents, aggregate, loss, value.dim() == 1, moved, correct_length, share)
 
@@ -169,6 +174,9 @@ class ActivityPerturbation:
                 return perturbed_(y, v)
             return perturbed(y, v, partial(self._added.add, place))
 
+        return self._run(trace, step, perturb, moves_buffers)
+
+    def _run(self, trace: Trace, step: Step, perturb: Perturb, moves_buffers: bool) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), intercepted(), self._hooked(trace, perturb):
             if moves_buffers:  # the last pass; the others leave buffers, inputs and target as they were
                 output, target = self.model(*step.inputs[0], **step.inputs[1]), step.target
@@ -186,6 +194,20 @@ class ActivityPerturbation:
         trace = self.beginning(step.inputs, 2)
         self._pass(trace, step, chunk, False)
         return sum(v.nbytes for s in trace.segments for v in s.tangents) // len(chunk), trace
+
+    def _check_samples(self, trace: Trace, step: Step, batch: int) -> None:
+        """Once for each layer whose output gives rise to doubt, by a pass without consequences."""
+        check_numbers(trace.segments, batch)
+        asked = [s for s in doubtful(trace.segments, batch, self.shared) if s.piece.name not in self._samples_first]
+        if not asked or deferring() or mixes_samples(self.model):
+            return
+
+        def derivatives(perturb: Perturb) -> Tensor:
+            with RandomNumbers(self.parameters.values(), self.model.modules()).replayed():
+                return self._run(Trace(), step, perturb, False)[1]
+
+        check_apart(asked, derivatives)
+        self._samples_first.update(s.piece.name for s in asked)
 
     def _warn_of_layers_not_called(self, trace: Trace) -> None:
         """Once: a module may use the weights of an inner one without calling it, as torch.nn.MultiheadAttention does."""
@@ -219,7 +241,6 @@ class ActivityPerturbation:
         trace.scale = 1.0
         if per_sample:
             batch = base_derivatives.shape[1]
-            self.check_rows(trace, batch)
             trace.scale = 1.0 / (batch * share.shards)
         loss, averaged = share.average(loss, None if per_sample else base_derivatives)
         base_derivatives = base_derivatives if averaged is None else averaged
@@ -260,17 +281,6 @@ class ActivityPerturbation:
         estimate = solve(tangents, aggregate, loss, base_derivatives, gram, stored, n, correct_length)
         estimate.trace = trace
         return estimate
-
-    def check_rows(self, trace: Trace, batch: int) -> None:
-        """With a loss for each sample, outputs have a row for each, or a single one that all samples share, as the embedding of
-        positions has."""
-        for s in trace.segments:
-            if s.batch not in (1, batch):
-                raise ValueError(
-                    f"layers: the output of {s.piece.name} has {s.batch} rows, but there are {batch} losses; per-sample "
-                    "derivatives need one row per sample, or a single one that all samples share (unsqueeze(0)), or "
-                    "per_sample=False"
-                )
 
     def gradients(self, tangents: TangentSet, estimate: Estimate, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         """Layer-local gradients of the parameters from the estimated gradients of the activities."""

@@ -165,7 +165,8 @@ class ForwardGradient:
                 result), or anything else as its one argument: a tensor, or a named tuple such as a PackedSequence.
             target: handed to ``loss_fn`` as it is.
         Raises:
-            ValueError: loss neither a scalar nor (B,), not depending on what is perturbed, or layers' outputs that do not fit.
+            ValueError: loss neither a scalar nor (B,), not depending on what is perturbed, or layers' outputs whose rows are
+                not those of the samples, see :mod:`frog_cuda.rows`.
             FloatingPointError: the loss or a derivative is NaN or infinite. No ``.grad`` is touched where anything is raised.
             RuntimeError: parameters or modules of the model were replaced, or ``requires_grad`` has changed.
             NotImplementedError: neither a rule nor PyTorch's forward mode knows an operation; names it and the module that

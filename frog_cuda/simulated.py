@@ -15,6 +15,7 @@ from .exchange import unmoved_buffers
 from .forward_gradient import ForwardGradient
 from .functional import RandomNumbers
 from .rerun import snapshot
+from .rows import check_numbers
 from .surroundings import surroundings
 from .tangents import TangentSet
 from .weight import Inputs, WeightPerturbation, inputs_of
@@ -123,7 +124,7 @@ def _activity(
         total = losses.sum() if per_sample else losses.mean()
         common: dict[int, Tensor] = {}
         if per_sample:
-            method.check_rows(trace, losses.numel())
+            check_numbers(trace.segments, losses.numel())
             # An output whose single row all samples share gets its gradient (B, m) one loss at a time
             wanted = {i: shifts[i] for i, s in enumerate(trace.segments) if s.batch < losses.numel()}
             common = {i: torch.stack(g) for i, g in zip(wanted, _each_loss(losses, list(wanted.values())), strict=True)}

@@ -59,6 +59,10 @@ def test_taking_values_out_is_refused_where_tangents_would_be_lost():
         x.requires_grad = True
     with pytest.raises(RuntimeError, match="cannot be replaced"):
         x.data = torch.ones(3)
+    with pytest.raises(RuntimeError, match="share_memory_: a DualTensor has no memory of its own"):
+        x.share_memory_()
+    with pytest.raises(RuntimeError, match="apply_: the derivative of a Python function"):
+        x.apply_(lambda value: value + 1)
 
 
 def test_torch_func_inside():

@@ -73,6 +73,16 @@ def dlpack(x: DualTensor, *args: Any, **kwargs: Any) -> Any:
     )
 
 
+@rule(torch.Tensor.share_memory_)
+def share_memory_(x: DualTensor) -> Any:
+    raise RuntimeError(f"share_memory_{called_from()}: a DualTensor has no memory of its own; share .primal and .tangents")
+
+
+@rule(torch.Tensor.apply_)
+def apply_(x: DualTensor, function: Any) -> Any:
+    raise RuntimeError(f"apply_{called_from()}: the derivative of a Python function of numbers is not known; use torch functions")
+
+
 @rule(torch.Tensor.__float__, torch.Tensor.__complex__)
 def number(x: DualTensor) -> Any:
     """Asked for by ``torch.tensor([x, 2.0])``, that is below the dispatcher, where a DualTensor has no memory to read from."""

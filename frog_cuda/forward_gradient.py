@@ -27,7 +27,7 @@ from .layers import activity_groups, select
 from .sgd import Sgd
 from .share import ALONE, Share
 from .stopping import stopping_at_no_grad
-from .surroundings import Structure, surroundings
+from .surroundings import Structure, as_written, surroundings
 from .tangents import Piece, TangentSet
 from .weight import Inputs, Step, WeightPerturbation, inputs_of
 
@@ -371,7 +371,7 @@ def forward_gradient(
     if simulate:
         value, derivatives = _backprop(fn, x, base)
     else:
-        with torch.no_grad(), stopping_at_no_grad(), intercepted():
+        with torch.no_grad(), stopping_at_no_grad(), intercepted(), as_written():
             value, derivatives = read_loss(fn(DualTensor(x, base)), "fn")
     if value.dim() != 0:
         raise ValueError(f"fn returned shape {tuple(value.shape)}; expected a scalar ()")

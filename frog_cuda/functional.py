@@ -18,6 +18,7 @@ from ._deferred import deferring
 from .custom_functions import intercepted
 from .dual import DualTensor
 from .stopping import not_stopping
+from .surroundings import as_written
 
 __all__ = ["jvp"]
 
@@ -67,7 +68,7 @@ def jvp(fn: Callable[..., Any], primals: Any, tangents: Any, *, chunk_size: int 
     values: list[Tensor] = []
     columns: list[list[Tensor]] = []
     numbers = RandomNumbers(flat) if len(starts) > 1 else None
-    with torch.no_grad(), not_stopping(), intercepted():
+    with torch.no_grad(), not_stopping(), intercepted(), as_written():
         for start in starts:
             if numbers is not None:
                 numbers.rewind()

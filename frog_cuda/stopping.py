@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,21 +23,26 @@ from . import dual
 #: which turn recording off because they do without, not because something is constant
 _CALLERS_THAT_DIFFERENTIATE = ("torch.utils.checkpoint", __package__ + ".")
 
+#: which set the mode to what they found, that of the pass
+_CALLERS_THAT_RESTORE = ("torch._dynamo", "torch._functorch")
+
 
 class _Local(threading.local):
-    #: of this thread's pass: whether values alone are wanted, for each context manager that was entered; None outside passes
-    entered: list[bool] | None = None
+    #: whether values alone are wanted now, in this thread's pass; None outside passes
+    stopped: bool | None = None
 
 
 _local = _Local()
 _lock = threading.Lock()
 _passes = 0
 
+#: attribute of a context manager that was entered in a pass: what it found, as ``prev`` is to PyTorch
+_FOUND = "_frog_cuda_found"
+
 
 def stopped() -> bool:
     """Whether this thread is inside a pass, and there inside ``no_grad``."""
-    entered = _local.entered
-    return bool(entered) and entered[-1]  # type: ignore[index]
+    return bool(_local.stopped)
 
 
 def on_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -50,18 +56,18 @@ def on_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 @contextmanager
 def not_stopping() -> Iterator[None]:
     """For what differentiates by itself within a pass."""
-    before, _local.entered = _local.entered, None
+    before, _local.stopped = _local.stopped, None
     try:
         yield
     finally:
-        _local.entered = before
+        _local.stopped = before
 
 
 @contextmanager
 def stopping_at_no_grad() -> Iterator[None]:
     """For a pass: inside, ``no_grad`` stops derivatives."""
     global _passes
-    before, _local.entered = _local.entered, []
+    before, _local.stopped = _local.stopped, False
     with _lock:
         _passes += 1
         if _passes == 1:
@@ -70,7 +76,7 @@ def stopping_at_no_grad() -> Iterator[None]:
     try:
         yield
     finally:
-        _local.entered = before
+        _local.stopped = before
         with _lock:
             _passes -= 1
             if _passes == 0:
@@ -78,42 +84,52 @@ def stopping_at_no_grad() -> Iterator[None]:
                     setattr(owner, name, original)
 
 
-def _stops(entered: list[bool], stops: bool) -> None:
-    """Notes what a context manager means that was just entered, two calls up: for some, what was meant before."""
-    caller = sys._getframe(3).f_globals.get("__name__", "")
-    entered.append(entered[-1:] == [True] if caller.startswith(_CALLERS_THAT_DIFFERENTIATE) else stops)
+def _module(caller: FrameType) -> str:
+    return str(caller.f_globals.get("__name__", ""))
 
 
-def _stop(entered: list[bool], manager: Any, args: tuple[Any, ...]) -> None:
-    _stops(entered, True)
+def _stop(manager: Any, args: tuple[Any, ...], caller: FrameType) -> None:
+    setattr(manager, _FOUND, _local.stopped)
+    if getattr(manager, "mode", True) and not _module(caller).startswith(_CALLERS_THAT_DIFFERENTIATE):
+        _local.stopped = True
 
 
-def _stop_where_on(entered: list[bool], manager: Any, args: tuple[Any, ...]) -> None:
-    _stops(entered, manager.mode or entered[-1:] == [True])
+def _go_on(manager: Any, args: tuple[Any, ...], caller: FrameType) -> None:
+    setattr(manager, _FOUND, _local.stopped)
+    _local.stopped = False
 
 
-def _go_on(entered: list[bool], manager: Any, args: tuple[Any, ...]) -> None:
-    entered.append(False)
+def _switch(manager: Any, args: tuple[Any, ...], caller: FrameType) -> None:
+    """``set_grad_enabled`` acts when it is made, entered or not."""
+    # By it, no_grad and enable_grad switch the mode itself, and what compiles puts back the mode that it found
+    by = _module(caller)
+    if by.startswith(_CALLERS_THAT_RESTORE) or (by == torch.no_grad.__module__ and caller.f_code.co_name != "clone"):
+        return
+    setattr(manager, _FOUND, _local.stopped)
+    _local.stopped = not args[0]
 
 
-def _switch(entered: list[bool], manager: Any, args: tuple[Any, ...]) -> None:
-    if sys._getframe(2).f_globals.get("__name__") != torch.no_grad.__module__:  # which switches by this one
-        entered.append(not args[0])
+def _switch_again(manager: Any, args: tuple[Any, ...], caller: FrameType) -> None:
+    if not _module(caller).startswith(_CALLERS_THAT_RESTORE):
+        if _FOUND not in vars(manager):  # made before the pass
+            setattr(manager, _FOUND, _local.stopped)
+        _local.stopped = not manager.mode
 
 
-def _leave(entered: list[bool], manager: Any, args: tuple[Any, ...]) -> None:
-    if entered:
-        entered.pop()
+def _leave(manager: Any, args: tuple[Any, ...], caller: FrameType) -> None:
+    """Also where ``set_grad_enabled`` turns out to decorate a function."""
+    if _FOUND in vars(manager):
+        _local.stopped = vars(manager).pop(_FOUND)
 
 
-def _noting(owner: type, name: str, note: Callable[[list[bool], Any, tuple[Any, ...]], None]) -> tuple[Any, str, Any, Any]:
+def _noting(owner: type, name: str, note: Callable[[Any, tuple[Any, ...], FrameType], None]) -> tuple[Any, str, Any, Any]:
     """A method of a context manager of PyTorch that notes when it is entered or left, and the method as it was."""
     original = getattr(owner, name)
 
     @functools.wraps(original)
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _local.entered is not None:
-            note(_local.entered, self, (*args, *kwargs.values()))
+        if _local.stopped is not None:
+            note(self, (*args, *kwargs.values()), sys._getframe(1))
         return original(self, *args, **kwargs)
 
     return owner, name, noting, original
@@ -124,7 +140,7 @@ _is_grad_enabled = torch.is_grad_enabled
 
 def _would_record() -> bool:
     """What ``torch.is_grad_enabled`` tells a model in a pass: whether there is a derivative. It may set that mode anew."""
-    if _local.entered is None or sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __package__ + ".")):
+    if _local.stopped is None or sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.", __package__ + ".")):
         return _is_grad_enabled()
     return not stopped()
 
@@ -132,9 +148,11 @@ def _would_record() -> bool:
 _MANAGERS = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
 _METHODS: list[tuple[Any, str, Any, Any]] = [
     _noting(torch.no_grad, "__enter__", _stop),
-    _noting(torch.inference_mode, "__enter__", _stop_where_on),
+    _noting(torch.inference_mode, "__enter__", _stop),
     _noting(torch.enable_grad, "__enter__", _go_on),
     _noting(torch.set_grad_enabled, "__init__", _switch),
+    _noting(torch.set_grad_enabled, "__enter__", _switch_again),
+    _noting(torch.set_grad_enabled, "__call__", _leave),
     *(_noting(owner, "__exit__", _leave) for owner in _MANAGERS),
     (torch, "is_grad_enabled", _would_record, _is_grad_enabled),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -45,29 +46,56 @@ class Structure:
 
 
 def surroundings(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, neither ``inference_mode`` nor ``autocast`` is on, and nothing that ``torch.compile`` made runs in place of
-    ``model``: results are ordinary tensors, in the precision of the parameters, and every hook is called."""
-    compiled = _is_compiled(model)
-    if not (torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.type) or compiled):
+    """Inside, neither ``inference_mode`` nor ``autocast`` is on, and nothing runs that ``torch.compile`` made: results are
+    ordinary tensors, in the precision of the parameters, and every hook is called."""
+    if not (torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.type) or _may_be_compiled()):
         return nullcontext()
-    return _turned_off(device, compiled)
+    return _turned_off(device)
 
 
 @contextmanager
-def _turned_off(device: torch.device, compiled: bool) -> Iterator[None]:
+def _turned_off(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         if torch.is_autocast_enabled(device.type):
             warn("autocast does not apply to forward gradients, which keep the precision of the model; see tangent_dtype=")
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        if compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(as_written())
         yield
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not yet imported: nothing was compiled
-    if dynamo is None or torch.compiler.is_compiling():
+def as_written() -> AbstractContextManager[Any]:
+    """Inside, functions and modules run as they were written, not what ``torch.compile`` made of them, which takes no
+    DualTensors."""
+    return _as_written() if _may_be_compiled() else nullcontext()
+
+
+def _may_be_compiled() -> bool:
+    """What was compiled is not known: it may be any function that the model calls. Before dynamo was imported, nothing was."""
+    if torch.compiler.is_compiling() or "torch._dynamo.eval_frame" not in sys.modules:
         return False
-    return any(m._compiled_call_impl is not None or isinstance(m, dynamo.OptimizedModule) for m in model.modules())
+    # Within a function that was compiled, whose graph broke here, dynamo lets nobody choose
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() in (None, False)
+
+
+_lock = threading.Lock()
+_passes = 0
+_stance: Any = None
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Dynamo's stance is one for all threads: the first pass takes it, the last gives it back."""
+    global _passes, _stance
+    with _lock:
+        if _passes == 0:
+            _stance = torch.compiler.set_stance("force_eager")
+        _passes += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _passes -= 1
+            if _passes == 0:
+                _stance.__exit__(None, None, None)

@@ -14,6 +14,11 @@ import frog_cuda as frog
 pytestmark = pytest.mark.filterwarnings("ignore:activity perturbation. c were not called")
 
 
+@torch.set_grad_enabled(False)
+def exponential(h):
+    return h.exp().mean(1, keepdim=True)
+
+
 class Constant(nn.Module):
     """Something within is a constant for the gradient."""
 
@@ -56,6 +61,26 @@ class Constant(nn.Module):
                 scale = self.c(h).abs() + 1
         elif self.how == "decorator":
             scale = self.scale(h)
+        elif self.how == "switch as decorator":
+            scale = exponential(h)
+        elif self.how == "made in the pass":
+
+            @torch.set_grad_enabled(False)
+            def constant(h):
+                return h.abs().mean(1, keepdim=True) + 0.1
+
+            h = h * 2  # making it stops nothing
+            scale = constant(h)
+        elif self.how == "on again":
+            with torch.no_grad():
+                scale = h.abs().mean(1, keepdim=True) + 0.1
+                torch.set_grad_enabled(True)
+                h = h * 2
+        elif self.how == "made before":
+            switch = torch.set_grad_enabled(False)
+            torch.set_grad_enabled(True)
+            with switch:
+                scale = h.abs().mean(1, keepdim=True) + 0.1
         elif self.how == "switch":
             with torch.set_grad_enabled(not self.training):
                 scale = h.exp().mean(1, keepdim=True)
@@ -73,7 +98,10 @@ class Constant(nn.Module):
 @pytest.mark.parametrize("perturb", ["weight", "activity"])
 @pytest.mark.parametrize(
     "how",
-    ["block", "inference", "as it is", "layer", "layers and jvp", "decorator", "switch", "written", "reentrant", "checkpoint"],
+    [
+        *("block", "inference", "as it is", "layer", "layers and jvp", "decorator", "switch", "switch as decorator"),
+        *("made in the pass", "made before", "on again", "written", "reentrant", "checkpoint"),
+    ],
 )
 def test_no_grad_within_a_model(how, perturb):
     x, y = torch.randn(B, M), torch.randint(0, C, (B,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -117,3 +118,69 @@ def test_models_that_were_compiled(perturb, compiled):
     for p, g in zip(model.parameters(), expected):
         torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-9)
     frog.simulate(fg, x, y)
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+@pytest.mark.parametrize("compiled", ["a function", "forward", "the loss"])
+def test_functions_that_were_compiled(perturb, compiled):
+    class Model(nn.Sequential):
+        bend = staticmethod(torch.sin)
+
+        def forward(self, x):
+            return self[1](self.bend(self[0](x)))
+
+    x, y = torch.randn(B, M), torch.randint(0, C, (B,))
+    model, loss_fn = Model(nn.Linear(M, 4), nn.Linear(4, C)), losses
+    expected = [g.clone() for g in by_backprop(model, x, y).values()]
+    if compiled == "a function":
+        model.bend = torch.compile(torch.sin, backend="eager")
+    elif compiled == "forward":
+        model.forward = torch.compile(model.forward, backend="eager")
+    else:
+        loss_fn = torch.compile(losses, backend="eager")
+    fg = frog.ForwardGradient(model, loss_fn, k=K, perturb=perturb)
+    for _ in range(3):  # dynamo does one thing at the first call and others later
+        model.zero_grad()
+        fg(x, y)
+        for p, g in zip(model.parameters(), expected):
+            torch.testing.assert_close(p.grad, g, rtol=1e-7, atol=1e-9)
+        with torch.no_grad():
+            loss_fn(model(x), y)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_jvp_of_what_was_compiled():
+    fn = torch.compile(lambda x: torch.sin(x) * 3, backend="eager")
+    x = torch.randn(M)
+    for _ in range(3):
+        _, moved = frog.jvp(fn, (x,), (torch.eye(M),))
+        torch.testing.assert_close(moved, torch.diag(3 * x.cos()))
+        _, estimate = frog.forward_gradient(lambda x: fn(x).sum(), x, k=M)
+        torch.testing.assert_close(estimate, 3 * x.cos())
+        fn(x)
+
+
+def test_threads_leave_compilation_as_it_was():
+    compiled = torch.compile(torch.sin, backend="eager")
+    compiled(torch.ones(2))
+    entered, left = threading.Barrier(2), threading.Event()
+
+    def slow(x):
+        entered.wait()
+        left.wait(60)
+        return compiled(x)
+
+    def quick(x):
+        entered.wait()
+        return compiled(x)
+
+    def first():
+        frog.jvp(slow, (torch.ones(2),), (torch.ones(1, 2),))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    frog.jvp(quick, (torch.ones(2),), (torch.ones(1, 2),))
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    left.set()
+    thread.join()
+    assert torch._dynamo.eval_frame._stance.stance == "default"

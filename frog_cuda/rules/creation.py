@@ -80,7 +80,9 @@ def share_memory_(x: DualTensor) -> Any:
 
 @rule(torch.Tensor.apply_)
 def apply_(x: DualTensor, function: Any) -> Any:
-    raise RuntimeError(f"apply_{called_from()}: the derivative of a Python function of numbers is not known; use torch functions")
+    raise RuntimeError(
+        f"apply_{called_from()}: the derivative of a Python function of numbers is not known; use torch functions"
+    )
 
 
 @rule(torch.Tensor.__float__, torch.Tensor.__complex__)

@@ -42,6 +42,13 @@ def check_count(name: str, value: Any) -> int:
     return value
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """True or False itself: a string such as "no" would pass for true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected True or False")
+    return bool(value)
+
+
 def check_seed(value: Any) -> int:
     """Any 64-bit integer, signed or unsigned, as a signed one."""
     value = _integer("seed", value, "a 64-bit integer")

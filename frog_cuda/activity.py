@@ -29,7 +29,7 @@ from .hooks import Perturb, hooked, returns_what_is_new
 from .layers import Group
 from .local import local_gradient
 from .rerun import Call, Finished, local_gradients, snapshot
-from .rows import check_apart, check_numbers, doubtful, mixes_samples
+from .rows import check_apart, check_numbers, doubtful, using_batch_statistics
 from .segments import AT_ONCE, Segment, Trace, blocks, grams, joined, sample_grams, shared_gram
 from .share import ALONE, Share
 from .tangents import Distribution, LowRank, Piece, StandardBasis, Supplied, TangentSet
@@ -123,7 +123,7 @@ class ActivityPerturbation:
             segment.tangents = [*before, *(v for part in parts for v in part), *after]
         kept.clear()  # so that what is joined later is freed piece by piece
         parts = before = after = []
-        self._warn_of_layers_not_called(trace)
+        self._warn_at_first(trace)
         if self.per_sample and value.dim() == 1:
             self._check_samples(trace, step, len(value))
         moved = share.gather(columns[0] if len(columns) == 1 else torch.cat(columns), loss, k)
@@ -199,7 +199,7 @@ class ActivityPerturbation:
         """Once for each layer whose output gives rise to doubt, by a pass without consequences."""
         check_numbers(trace.segments, batch)
         asked = [s for s in doubtful(trace.segments, batch, self.shared) if s.piece.name not in self._samples_first]
-        if not asked or deferring() or mixes_samples(self.model):
+        if not asked or deferring() or using_batch_statistics(self.model):
             return
 
         def derivatives(perturb: Perturb) -> Tensor:
@@ -209,11 +209,21 @@ class ActivityPerturbation:
         check_apart(asked, derivatives)
         self._samples_first.update(s.piece.name for s in asked)
 
-    def _warn_of_layers_not_called(self, trace: Trace) -> None:
-        """Once: a module may use the weights of an inner one without calling it, as torch.nn.MultiheadAttention does."""
+    def _warn_at_first(self, trace: Trace) -> None:
+        """Of layers that cannot learn. A module may use the weights of an inner one without calling it, as
+        torch.nn.MultiheadAttention does."""
         if self._warned:
             return
         self._warned = True
+        if self.shared and trace.segments[0].batch > 1:
+            first = trace.segments[0].group.output  # of the layers behind the inputs nothing is taken out
+            names = [name or "the model" for name, m in using_batch_statistics(self.model).items() if m is not first]
+            if names:
+                warn(
+                    f"activity perturbation: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} normalise over the "
+                    "batch, which takes out what all samples share, tangents too; layers before them hardly learn. Use "
+                    "shared_across_batch=False, or eval() for these"
+                )
         called = {id(s.group) for s in trace.segments}
         idle = [g.name for g in self.groups if id(g) not in called]
         if idle:

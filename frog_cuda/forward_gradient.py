@@ -15,7 +15,7 @@ from . import aggregate as aggregations
 from . import cuda_graph as graphs
 from . import float8
 from . import tangents as distributions
-from ._checks import check_count, check_seed, check_step, flat, warn
+from ._checks import check_count, check_flag, check_seed, check_step, flat, warn
 from .activity import ActivityPerturbation
 from .aggregate import Aggregate, Orthogonal, scaling_correction
 from .chunk_size import check_chunk_size
@@ -62,7 +62,8 @@ class ForwardGradient:
         per_sample: activity only. With losses ``(B,)``, each sample has its own directional derivatives, (k, B), and its own
             projection. Exact unless a sample's loss depends on other samples (BatchNorm in train mode): cross terms are missed
             then, and False gives one derivative per tangent for the batch. A scalar loss always works as False does.
-        shared_across_batch: activity only. All samples share their tangents; False draws them for each sample.
+        shared_across_batch: activity only. All samples share their tangents; False draws them for each sample. Batch
+            normalisation in train mode takes out what all samples share, and a warning then asks for False.
         chunk_size: at most so many tangents in one pass, to bound the memory; the tangents and the result stay the same.
             ``"auto"``: as many as fit ``memory_budget``. At the first call with a shape of input and target this is measured by
             some passes more, with 1 tangent, with 2, and with what follows from those; see :mod:`frog_cuda.chunk_size`.
@@ -119,7 +120,11 @@ class ForwardGradient:
         self.distribution, self.aggregate = distributions.resolve(tangents), aggregations.resolve(aggregate)
         self.chunk_size, self._chunks = check_chunk_size(chunk_size, memory_budget)
         self.chosen_chunk_size: int | None = None
-        self.tangent_dtype, self.scaling_correction = tangent_dtype, scaling_correction
+        self.tangent_dtype, self.scaling_correction = tangent_dtype, check_flag("scaling_correction", scaling_correction)
+        per_sample, shared_across_batch = (
+            check_flag("per_sample", per_sample),
+            check_flag("shared_across_batch", shared_across_batch),
+        )
         self.seed, self.step = check_seed(seed), 0
         self.last: Estimate | None = None
         _check_together(self.aggregate, self.distribution, scaling_correction)
@@ -153,7 +158,7 @@ class ForwardGradient:
         self._tangents: TangentSet | None = None
         self._inputs: Inputs = ((), {})
         self._graphs: graphs.GraphedSteps | None = None
-        if cuda_graph:
+        if check_flag("cuda_graph", cuda_graph):
             graphs.check(self.distribution, self._method.device, self.k, self.chunk_size)
             self._graphs = graphs.GraphedSteps(self)
 
@@ -195,7 +200,7 @@ class ForwardGradient:
         self._structure.check()
         if self.last is not None and self.last.trace is not None:
             self.last.trace.release()
-        with surroundings(self.model, self._method.device):
+        with surroundings(self._structure, self._method.device):
             tangents = self.tangent_set(inputs)
             return tangents, inputs, self._estimate(tangents, inputs, target, share)
 
@@ -235,7 +240,7 @@ class ForwardGradient:
 
     def _gradients_of(self, tangents: TangentSet, estimate: Estimate, inputs: Inputs) -> dict[str, Tensor]:
         """What :meth:`gradients` returns, of an estimate that was just made."""
-        with torch.no_grad(), surroundings(self.model, self._method.device):
+        with torch.no_grad(), surroundings(self._structure, self._method.device):
             if isinstance(self._method, ActivityPerturbation):
                 if not estimate.trace.segments:
                     raise RuntimeError("gradients: the call after the latest estimate failed; what it was made of is gone")
@@ -365,10 +370,10 @@ def forward_gradient(
     k, n, how = check_count("k", k), x.numel(), aggregations.resolve(aggregate)
     piece = Piece("x", tuple(x.shape), 0)
     distribution = distributions.resolve(tangents)
-    _check_together(how, distribution, scaling_correction)
+    _check_together(how, distribution, check_flag("scaling_correction", scaling_correction))
     drawn = TangentSet(distribution, k, check_seed(seed), check_step(step), x.device, n, [piece])
     base = drawn.draw(piece, x.dtype)
-    if simulate:
+    if check_flag("simulate", simulate):
         value, derivatives = _backprop(fn, x, base)
     else:
         with torch.no_grad(), stopping_at_no_grad(), intercepted(), as_written():

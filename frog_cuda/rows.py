@@ -11,15 +11,16 @@ from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .dual import perturbed, primal_of
 from .hooks import Perturb
 from .segments import Segment
 
 #: their definition puts samples first
-_SAMPLES_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
+_SAMPLES_FIRST = (_ConvNd, _BatchNorm, _InstanceNorm, nn.GroupNorm)
 
 
 def check_numbers(segments: list[Segment], batch: int) -> None:
@@ -50,9 +51,10 @@ def doubtful(segments: list[Segment], batch: int, shared: bool) -> Iterator[Segm
             yield s
 
 
-def mixes_samples(model: nn.Module) -> bool:
-    """Whether statistics of the batch make the loss of a sample depend on the others whatever the rows are."""
-    return any(isinstance(m, _NormBase) and (m.training or m.running_mean is None) for m in model.modules())
+def using_batch_statistics(model: nn.Module) -> dict[str, nn.Module]:
+    """Batch norms by name that now make the loss of a sample depend on the others, whatever the rows are."""
+    modules = model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)}
 
 
 def check_apart(segments: list[Segment], derivatives: Callable[[Perturb], Tensor]) -> None:

@@ -61,7 +61,7 @@ def simulate(fg: ForwardGradient, input: Any, target: Any) -> Simulated:
     """
     inputs, method = inputs_of(input), fg._method
     fg._structure.check()
-    with surroundings(fg.model, method.device):
+    with surroundings(fg._structure, method.device):
         with RandomNumbers(method.parameters.values(), fg.model.modules()).replayed():
             tangents = fg.tangent_set(inputs)
         with RandomNumbers(method.parameters.values(), fg.model.modules()).replayed():

@@ -243,13 +243,38 @@ def keeping_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def forget_duals(modules: Iterable[nn.Module]) -> None:
-    """Puts values in place of DualTensors that modules keep in attributes or buffers: a later pass has other tangents, and none
-    may be left where a model is saved."""
+    """Puts values in place of DualTensors that modules keep in attributes or buffers, also in lists, tuples and dicts: a later
+    pass has other tangents, and none may be left where a model is saved."""
     for module in modules:
         for own in (module.__dict__, module._buffers):
             for name, value in own.items():
                 if type(value) is DualTensor:
                     own[name] = value.primal
+                elif type(value) in _CONTAINERS and value and name not in _OF_EVERY_MODULE:
+                    own[name] = _without_duals(value)
+
+
+_CONTAINERS = (list, tuple, dict)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_LONG = 1000  # a list of data rather than of what a pass has computed; looking through it would take longer than the pass
+
+
+def _without_duals(container: Any, depth: int = 3) -> Any:
+    """The container, with values in their place; a tuple anew."""
+    if len(container) > _LONG or depth == 0:  # one may hold itself
+        return container
+    entries = container.items() if type(container) is dict else enumerate(container)
+    found = {
+        at: entry.primal if type(entry) is DualTensor else _without_duals(entry, depth - 1)
+        for at, entry in entries
+        if type(entry) is DualTensor or (type(entry) in _CONTAINERS and entry)
+    }
+    changed = {at: entry for at, entry in found.items() if entry is not container[at]}
+    if type(container) is tuple:
+        return tuple(changed.get(at, entry) for at, entry in enumerate(container)) if changed else container
+    for at, entry in changed.items():
+        container[at] = entry
+    return container
 
 
 def padding_rows(model: nn.Module) -> dict[str, int]:

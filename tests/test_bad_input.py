@@ -281,3 +281,16 @@ def test_parameters_without_a_layer_are_named():
     assert caught[0].filename == __file__, "the line of the call"
     fg(X, Y)
     assert fg.model.shift.grad is None and fg.model.fc.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["per_sample", "shared_across_batch", "scaling_correction", "cuda_graph"])
+@pytest.mark.parametrize("value", ["no", 1, None, torch.tensor(True)], ids=str)
+def test_flags_are_true_or_false(name, value):
+    with pytest.raises(TypeError, match=rf"{name} is .* of type {type(value).__name__}; expected True or False"):
+        frog.ForwardGradient(nn.Linear(2, 2), nn.MSELoss(), k=1, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["scaling_correction", "simulate"])
+def test_flags_of_functions(name):
+    with pytest.raises(TypeError, match=f"{name} is 'no' of type str; expected True or False"):
+        frog.forward_gradient(torch.sum, torch.ones(2), k=1, **{name: "no"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import threading
 
@@ -184,3 +185,54 @@ def test_threads_leave_compilation_as_it_was():
     left.set()
     thread.join()
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+def test_encoder_whose_fast_path_takes_nested_tensors(perturb):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+            self.encoder, self.last = nn.TransformerEncoder(layer, 2), nn.Linear(4, C)
+
+        def forward(self, x):
+            padding = torch.arange(3) >= torch.tensor([3, 2, 1, 3, 2])[: len(x), None]
+            h = self.encoder(x, src_key_padding_mask=padding)
+            return self.last(h.masked_fill(padding.unsqueeze(2), 0).sum(1))
+
+    x, y = torch.randn(3, 3, 4), torch.randint(0, C, (3,))
+    model = Model().eval()
+    fg = frog.ForwardGradient(model, losses, k=K, perturb=perturb)
+    simulated = frog.simulate(fg, x, y)
+    fg(x, y)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, simulated.gradients[name], rtol=1e-7, atol=1e-9)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+def test_what_modules_keep_holds_no_tangents_of_a_pass(perturb):
+    class Keeping(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(M, 4), nn.Linear(4, C))
+            self.seen, self.by_name, self.nested = [], {}, ()
+            self.seen.append(self.seen)  # holds itself
+
+        def forward(self, x):
+            h = self[0](x).tanh()
+            self.last, self.by_name["h"], self.nested = h, h * 2, (1, [h.sum(), {"h": h}], None)
+            self.seen.append(h)
+            return self[1](h)
+
+    x, y = torch.randn(B, M), torch.randint(0, C, (B,))
+    model = Keeping()
+    frog.ForwardGradient(model, losses, k=2, perturb=perturb)(x, y)
+    h = torch.tanh(x @ model[0].weight.T + model[0].bias).detach()
+    kept = [model.last, model.seen[1], model.by_name["h"] / 2, model.nested[1][1]["h"]]
+    for value in (*kept, model.nested[1][0]):
+        assert type(value) is torch.Tensor
+    for value in kept:
+        torch.testing.assert_close(value, h)
+    copy.deepcopy(model)
+    torch.save(model.nested, io.BytesIO())

@@ -35,6 +35,8 @@ except ImportError as missing:
     raise SystemExit(f"frog_cuda: what building needs is missing ({missing}); run `{NEEDED}` first") from missing
 
 ROOT = Path(__file__).parent.resolve()
+# Messages name the places of errors, which are the same on every machine
+SOURCES_FROM_HERE = f"-ffile-prefix-map={ROOT}{os.sep}="
 TARGET_TORCH = "0x020b000000000000"  # stable ABI of torch 2.11: the library also loads beside every later torch
 BYTES_PER_JOB = 2 << 30
 # Ampere to Blackwell; PTX of the newest is compiled by the driver for whatever comes later. An own list, because without a GPU
@@ -218,7 +220,7 @@ def extensions(cuda: bool) -> list[Extension]:
     headers = sorted(p.relative_to(ROOT).as_posix() for p in csrc.rglob("*.h") if p.relative_to(csrc).parts[0] != "cuda")
     warnings = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("FROG_CUDA_WERROR") == "1" else [])]
     # No -march: csrc/cpu/simd chooses at run time. No contraction: every instruction set must draw the same bits.
-    common = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", *warnings]
+    common = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", SOURCES_FROM_HERE, *warnings]
     # Another torch means other headers, which ninja does not watch: with the version in the command it compiles again.
     common.append(f'-DFROG_BUILT_WITH_TORCH="{torch.__version__}"')
 
@@ -262,10 +264,10 @@ def cuda_operators(target: str) -> Extension:
     archs = choose_archs(os.environ.get("TORCH_CUDA_ARCH_LIST"), known)
     folder = ROOT / "csrc" / "cuda"
     strict = os.environ.get("FROG_CUDA_WERROR") == "1"
-    host_warnings = "-Wall,-Wextra" + (",-Werror" if strict else "")
+    host_flags = ",".join(["-fvisibility=hidden", SOURCES_FROM_HERE, "-Wall", "-Wextra", *(["-Werror"] if strict else [])])
     # No fast-math: an estimate is only as good as its derivatives. Fused multiply-adds, nvcc's default, only add accuracy;
     # where bits must equal the CPU's (drawn tangents), the kernels say so operation by operation.
-    flags = ["-std=c++17", "-O3", "-lineinfo", "-DUSE_CUDA", target, "-Xcompiler", f"-fvisibility=hidden,{host_warnings}"]
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-DUSE_CUDA", target, "-Xcompiler", host_flags]
     includes = cpp_extension.include_paths(device_type="cuda")
     return Extension(
         "frog_cuda._C_cuda",

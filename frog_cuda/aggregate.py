@@ -283,9 +283,10 @@ def scaling_correction(spec: Any, distribution: Any, k: int, n: int) -> float:
 
     For P_U it is ``1 / E[|g_hat| / |g|]``, exactly ``E[chi_n] / E[chi_k]``, wherever the span is uniformly distributed. For
     Rademacher and standard basis tangents, mean and sum it is one over the root of ``E[|g_hat|^2] / |g|^2``, also exact; as
-    lengths scatter, their average is then below that of the gradient (0.80 of it for the mean of one normal tangent). Derived for every
-    distribution from its moments, see :meth:`frog_cuda.tangents.Distribution.energy`. For P_U the k tangents are taken to be
-    independent; Rademacher tangents of few elements are not always (two are equal or opposite with probability ``2^(1 - n)``).
+    lengths scatter, their average is then below that of the gradient (0.80 of it for the mean of one normal tangent). Derived
+    for every distribution from its moments, see :meth:`frog_cuda.tangents.Distribution.energy`. For P_U the k tangents are
+    taken to be independent; Rademacher tangents of few elements are not always (two are equal or opposite with probability
+    ``2^(1 - n)``).
 
     Arguments:
         spec: anything that ``aggregate=`` accepts.

@@ -179,6 +179,11 @@ def test_flags_suit_every_machine(build, monkeypatch):
     assert all("-Werror" in extension.extra_compile_args["cxx"] for extension in build.extensions(cuda=False))
 
 
+def test_libraries_hold_no_path_of_the_folder_they_were_built_in():
+    for library in PACKAGE.glob("*.so"):
+        assert os.fsencode(ROOT) + b"/csrc" not in library.read_bytes()
+
+
 def test_every_source_is_compiled_once(build):
     compiled = [source for extension in build.extensions(cuda=False) for source in extension.sources]
     on_disk = [p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp") if "csrc/cuda" not in p.as_posix()]
@@ -420,3 +425,6 @@ def test_source_distribution_holds_all_that_a_build_needs(tmp_path):
         "frog_cuda/py.typed",
     }
     assert needed <= names
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode == 0:  # else this is a source distribution itself
+        assert set(tracked.stdout.split()) - {".gitignore", "MANIFEST.in"} <= names

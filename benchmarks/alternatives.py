@@ -190,6 +190,7 @@ class _Jax(Method):
     """A fully-connected net in JAX, compiled before it is timed. The gradient stays JAX's."""
 
     checked_in_float64 = False  # a switch of the whole process
+    in_turns = False
 
     def __init__(self, problem: Problem, k: int = 0) -> None:
         super().__init__(problem, k)

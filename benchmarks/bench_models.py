@@ -87,13 +87,12 @@ def measure(request: pytest.FixtureRequest, times: Times, keep: Keep) -> Measure
             keep(**record, reason=reason)
             pytest.skip(reason)
         assert method is not None
-        found = times(method, Backprop(problem))
+        found = times(method, Backprop(problem), in_turns=kind.in_turns) | {"in_turns": kind.in_turns}
         if k:
             latest[name, kind.name] = k, found["time"]
         if kind is not ForwardOnly:
             seconds = SAMPLE_SECONDS_QUICK if quick else SAMPLE_SECONDS
             found |= closeness(method, min(SAMPLES[1], max(SAMPLES[0], int(seconds / found["time"]))) if k else 1)
-            found["cosine_per_second"] = found["cosine"] / found["time"]
         closed = isinstance(method, ForwardGradient) or kind.name.startswith(("JAX", "torch.compile"))
         plain = kind.name.removeprefix("torch.compile, ")
         flops = floors.floor(plain, same_products(name), k).flops if closed else floors.counted(method)

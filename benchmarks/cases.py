@@ -51,6 +51,8 @@ class Method:
     #: whether a draw can be unlucky in float64 too, and the median of five is held to the bound where the first is over it
     unlucky_in_float64 = False
     bound = BOUND
+    #: whether it can be timed call by call beside PyTorch; what has threads of its own cannot
+    in_turns = True
 
     def __init__(self, problem: Problem, k: int = 0) -> None:
         self.problem, self.k = problem, k

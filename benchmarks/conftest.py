@@ -18,6 +18,7 @@ import torch
 from report_tables import circumstances
 
 QUICK_SECONDS, SECONDS = 0.25, 1.5  # spent on one case and on what it is compared with
+IDLE_SECONDS = 0.2  # in which threads that wait for work actively give up
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,9 +79,12 @@ def times(request: pytest.FixtureRequest, benchmark: Any, seconds: float) -> Tim
 
     ``fn`` is what pytest-benchmark reports; ``against`` runs in the set-up of every round. Calls shorter than a millisecond are
     repeated within a round. Returns the median times of one call and the median of the rounds' ratios.
+
+    ``in_turns=False``: first all rounds of one, then all of the other, and the ratio of the medians, for what keeps threads of
+    its own that get in the way of PyTorch's.
     """
 
-    def run(fn: Callable[[], Any], against: Callable[[], Any], *, min_rounds: int = 3) -> dict[str, Any]:
+    def run(fn: Callable[[], Any], against: Callable[[], Any], *, min_rounds: int = 3, in_turns: bool = True) -> dict[str, Any]:
         fixed = request.config.getoption("--rounds")
         inner = [max(1, int(1e-3 / _once(f))) for f in (fn, against)]
         # once more, now that nothing is cold
@@ -98,13 +102,19 @@ def times(request: pytest.FixtureRequest, benchmark: Any, seconds: float) -> Tim
             for _ in range(inner[0]):
                 fn()
 
-        benchmark.pedantic(body, setup=setup, rounds=rounds, iterations=1, warmup_rounds=1)
+        benchmark.pedantic(body, setup=setup if in_turns else None, rounds=rounds, iterations=1, warmup_rounds=1)
         own = [t / inner[0] for t in benchmark.stats.stats.data]
+        if not in_turns:
+            time.sleep(IDLE_SECONDS)
+            for _ in range(rounds + 1):
+                setup()
         others = others[-len(own) :]  # without the warm-up
+        ratios = [a / b for a, b in zip(own, others, strict=True)]
+        medians = statistics.median(own), statistics.median(others)
         return {
-            "time": statistics.median(own),
-            "against": statistics.median(others),
-            "ratio": statistics.median(a / b for a, b in zip(own, others, strict=True)),
+            "time": medians[0],
+            "against": medians[1],
+            "ratio": statistics.median(ratios) if in_turns else medians[0] / medians[1],
             "rounds": len(own),
         }
 

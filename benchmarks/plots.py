@@ -56,7 +56,7 @@ def _memory(axes: Any, records: Sequence[Record], model: str) -> None:
 
 def _cosine(axes: Any, records: Sequence[Record], model: str) -> None:
     for method, found in _series(records, model, "cosine").items():
-        if found := [r for r in found if r["cosine"] > 0]:
+        if found := [r for r in found if r["cosine"] > 2 * r.get("cosine_error", 0)]:  # else it may be anything down to 0
             _line(axes, method, [r["ratio"] for r in found], [r["cosine"] for r in found])
     axes.plot([1], [1], marker="o", markersize=8, markerfacecolor="none", linestyle="", **REFERENCE)
     axes.annotate("backprop", (1, 1), textcoords="offset points", xytext=(7, -10), fontsize=8)

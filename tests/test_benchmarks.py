@@ -159,12 +159,15 @@ def test_one_more_tangent_is_counted_in_forward_passes() -> None:
 def test_the_page_says_where_backprop_wins() -> None:
     import report_docs
 
-    sure = {"cosine": 1.0, "cosine_per_second": 1000.0, "flops": 30.0, "flops_from": "torch.utils.flop_counter"}
-    ours = {"cosine": 0.1, "flops": 15.0, "flops_from": "closed form"}
+    sure = {"cosine": 1.0, "cosine_error": 0.0, "cosine_samples": 1, "flops": 30.0, "flops_from": "torch.utils.flop_counter"}
+    ours = {"cosine": 0.1, "cosine_error": 0.02, "cosine_samples": 32, "flops": 15.0, "flops_from": "closed form"}
+    lucky = {**ours, "cosine": 0.9}
     cases = [
         record("backprop", 0, 1.0, **sure),
-        record("activity", 1, 0.5, cosine_per_second=200.0, **ours),
-        record("activity", 4, 2.0, cosine_per_second=50.0, **ours),
+        record("activity", 1, 0.5, **ours),
+        record("activity", 4, 2.0, **ours),
+        record("activity", 16, 4.0, **lucky | {"cosine_samples": 2}),
+        record("weight, normal", 1, 1.5, **lucky | {"cosine_error": 0.3}),
         {**record("vmap(jvp)", 4, 0.0), "reason": "too large"},
     ]
     del cases[-1]["ratio"]
@@ -174,14 +177,23 @@ def test_the_page_says_where_backprop_wins() -> None:
         for m, k, b in peaks
     ]
     text = report_docs.page("some.json", {"cpu": "C"}, cases, [])
-    assert "5.0 to 5.0 times" in text and "1 of the 2 cases" in text and "from 2000-01-02 03:04 to 2001" in text
+    assert "5 to 5 times" in text and "3 of the 4 cases" in text and "from 2000-01-02 03:04 to 2001" in text
     wins = rows_of(report_docs.backprop_wins(cases, ["fc8"]).split("\n\n")[1])
-    assert wins == [["fc8", "activity, k = 1", "0.100", "5.0", "0.50 (activity, k = 1)", "0.25 (activity, k = 1)"]]
+    assert wins == [["fc8", "activity, k = 1", "0.1 ± 0.02", "5", "0.50 (activity, k = 1)", "0.25 (activity, k = 1)"]]
     assert rows_of(report_docs.gradient_table(cases, "fc8")) == [
-        ["backprop", "", "1", "1.00", "1.00", "4.0", "1.0000", "1e+03"],
-        ["activity", "1", "0.5", "0.50", "0.50 c", "1.0", "0.1000", "200"],
-        ["activity", "4", "2", "2.00", "0.50 c", "", "0.1000", "50"],
+        ["backprop", "", "1", "1.00", "1.00", "4.0", "1", "1e+03"],
+        ["activity", "1", "0.5", "0.50", "0.50 c", "1.0", "0.1 ± 0.02", "200"],
+        ["activity", "4", "2", "2.00", "0.50 c", "", "0.1 ± 0.02", "50"],
+        ["activity", "16", "4", "4.00", "0.50 c", "", "0.9 ± 0.02", "225"],
+        ["weight, normal", "1", "1.5", "1.50", "0.50 c", "", "0.9 ± 0.3", "600"],
     ]
+    jax = record("JAX jit, grad", 0, 2.0, in_turns=False)
+    assert report_docs.APART not in text and report_docs.IN_TURNS not in text
+    assert report_docs.APART in report_docs.page("some.json", {}, [*cases, jax], [])
+    del jax["in_turns"]
+    assert report_docs.IN_TURNS in report_docs.page("some.json", {}, [*cases, jax], [])
+    unsure = report_docs.backprop_wins([c for c in cases if c["k"] not in (1, 4)], ["fc8"])
+    assert "none known well enough" in unsure and "Per second" not in unsure
     assert rows_of(report_docs.left_out(cases)) == [["fc8", "vmap(jvp)", "4", "too large"]]
 
 

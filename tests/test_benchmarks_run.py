@@ -46,7 +46,7 @@ def test_the_suite_runs_on_tiny_models_in_pieces(tmp_path: Path) -> None:
     for r in first:
         if r["part"] == "gradient" and "ratio" in r and r["method"] != "forward only":
             assert r["flops"] > 0 and -1 <= r["cosine"] <= 1.0001 and r["measured"]
-            assert r["cosine_per_second"] == pytest.approx(r["cosine"] / r["time"])
+            assert r["cosine_error"] >= 0 and r["cosine_samples"] >= 1
 
     done = run(*tiny, "--parts", "memory,attention", "--models", "tiny-vit", "--k", "2", "--lengths", "64", out=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,6 +4,16 @@ Tangents are explicit arguments and results; ``k`` is always their leading axis.
 ``torch.autograd.forward_ad`` dual or a functorch-wrapped tensor (inside ``torch.func.jvp``, ``grad`` or ``vmap``) is refused:
 PyTorch would drop its tangent without a word.
 
+Floating tensors are float64, float32, bfloat16 or float16, of any strides, and may be empty. Primals of one call share a dtype,
+tangents another or the same, and results are in the dtype of what they are the value or tangents of. Low precision is computed
+in float32 and rounded once.
+
+All of them raise:
+    RuntimeError: a shape, dtype, device or number is not accepted; the message names operator and argument, what was given and
+        what is accepted, and nothing has been written. Also for what is no tensor, for tensors that carry tangents of PyTorch's
+        own, see above, and for those that require grad while autograd is on.
+    ValueError: an unknown name of a function, distribution or reduction; lists the accepted ones.
+
 Each function here has a float64 twin of the same name and signature in :mod:`frog_cuda.reference`. A module for each file of
 kernels in csrc/cpu, named as that.
 """

@@ -84,6 +84,8 @@ def sampled_convolution_(
         stride, padding, dilation, transposed, output_padding, groups: as in ``torch.ops.aten.convolution``; an integer for
             each axis of s. Without ``output_padding``, zeros.
         state, offset, first, distribution: as in :func:`sample_tangents`.
+    Returns:
+        ``self``.
     """
     _guard("sampled_convolution_", self, x, state)
     options = (stride, padding, dilation, transposed, output_padding or [0] * len(stride), groups)

@@ -38,7 +38,14 @@ def cross_entropy_jvp(
 
 
 def mse_jvp(input: Tensor, dinput: Tensor | None, target: Tensor, dtarget: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Elementwise squared error of same-shaped ``input`` and ``target``; one of dinput and dtarget must be given."""
+    """Elementwise squared error and its k tangents ``2 (input - target) (dinput_i - dtarget_i)``.
+
+    Arguments:
+        input, target: of one shape.
+        dinput, dtarget: ``(k, *input.shape)`` or None where not perturbed; at least one is given.
+    Returns:
+        loss like ``input``; dloss ``(k, *input.shape)``.
+    """
     _guard("mse_jvp", input, dinput, target, dtarget)
     with _AutoDispatchBelowAutograd():
         return _ops.mse_jvp(input, dinput, target, dtarget)
@@ -53,10 +60,16 @@ def bce_jvp(
     pos_weight: Tensor | None = None,
     with_logits: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Elementwise binary cross entropy, ``reduction="none"``; weight and pos_weight broadcast against ``input``.
+    """Elementwise binary cross entropy, ``reduction="none"``, and its k tangents.
 
     Without logits, logarithms are clamped at -100 as in :func:`torch.nn.functional.binary_cross_entropy`. What the CPU refuses,
     an input outside [0, 1], gives NaN on a GPU, which is not waited for.
+
+    Arguments:
+        input: any shape, logits or with ``with_logits=False`` probabilities.  dinput: ``(k, *input.shape)``.
+        target: like ``input``.  weight, pos_weight: broadcast against ``input``, or None; pos_weight goes with logits.
+    Returns:
+        loss like ``input``; dloss ``(k, *input.shape)``.
     """
     _guard("bce_jvp", input, dinput, target, weight, pos_weight)
     with _AutoDispatchBelowAutograd():

@@ -48,6 +48,8 @@ def sample_tangents(
 def tangent_gram(state: Tensor, k: int, numel: int, *, offset: int = 0, first: int = 0, distribution: str = "normal") -> Tensor:
     """Gram matrix ``V^T V`` of the tangents that :func:`sample_tangents` would draw, without storing them.
 
+    Arguments:
+        state, k, numel, offset, first, distribution: as there.
     Returns:
         float64 ``(k, k)``, accumulated in float64 over blocks in a fixed order.
     """
@@ -58,7 +60,13 @@ def tangent_gram(state: Tensor, k: int, numel: int, *, offset: int = 0, first: i
 
 
 def gram(tangents: Tensor) -> Tensor:
-    """Gram matrix of given tangents ``(k, n)`` -> float64 ``(k, k)``, accumulated in float64."""
+    """Gram matrix ``V^T V`` of given tangents.
+
+    Arguments:
+        tangents: ``(k, n)``.
+    Returns:
+        float64 ``(k, k)``, accumulated in float64.
+    """
     _guard("gram", tangents)
     with _AutoDispatchBelowAutograd():
         return _ops.gram(tangents)
@@ -89,7 +97,8 @@ def sample_blocks(
 
 
 def gram_blocks(blocks: Tensor, k: int, numels: Sequence[int]) -> Tensor:
-    """Gram matrices of the blocks ``(k, numels[b])`` that lie one behind the other in ``(k * sum(numels),)``.
+    """Gram matrices of the blocks ``(k, numels[b])`` that lie one behind the other in ``(k * sum(numels),)``, as
+    :func:`sample_blocks` draws them.
 
     Returns:
         float64 ``(len(numels), k, k)``, each to the bit what :func:`gram` gives.
@@ -122,7 +131,15 @@ def tangent_combine(
     distribution: str = "normal",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``V c``: the linear combination of replayed tangents, ``(numel,)``; ``coefficients`` is ``(k,)``, any float dtype."""
+    """``V c``: the linear combination of replayed tangents, which are never stored.
+
+    Arguments:
+        coefficients: ``(k,)``, any float dtype.
+        state, numel, offset, first, distribution: as in :func:`sample_tangents`.
+        dtype: floating dtype of the result; summed in float32, or in float64 for that.
+    Returns:
+        ``(numel,)``.
+    """
     _guard("tangent_combine", state, coefficients)
     code = _code(DISTRIBUTIONS, "distribution", distribution)
     with _AutoDispatchBelowAutograd():
@@ -163,7 +180,15 @@ def tangent_axpy_(
     first: int = 0,
     distribution: str = "normal",
 ) -> Tensor:
-    """``self += alpha * V c`` in place with replayed tangents; ``self`` is viewed as a flat vector of ``self.numel()``."""
+    """``self += alpha * V c`` in place with replayed tangents, which are never stored.
+
+    Arguments:
+        self: any shape, viewed as a flat vector of ``self.numel()`` elements.
+        coefficients: ``(k,)``, any float dtype.
+        state, offset, first, distribution: as in :func:`sample_tangents`.
+    Returns:
+        ``self``.
+    """
     _guard("tangent_axpy_", self, state, coefficients)
     code = _code(DISTRIBUTIONS, "distribution", distribution)
     with _AutoDispatchBelowAutograd():
@@ -200,6 +225,9 @@ def tangent_sgd_(
         coefficients: ``(k,)``, any float dtype.
         lr, dampening: finite.  momentum, weight_decay: finite, >= 0.  nesterov: needs momentum > 0 and dampening 0.
         fresh: the buffer holds nothing yet; what is in it is not read.
+        state, offset, first, distribution: as in :func:`sample_tangents`.
+    Returns:
+        ``self``.
     """
     _guard("tangent_sgd_", self, buffer, state, coefficients)
     code = _code(DISTRIBUTIONS, "distribution", distribution)

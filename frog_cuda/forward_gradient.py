@@ -111,6 +111,12 @@ class ForwardGradient:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
+        scripted = [name or "the model itself" for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+        if scripted:
+            raise TypeError(
+                f"model: {scripted[0]} is TorchScript, which carries no tangents; expected modules as they were before "
+                "torch.jit.script or torch.jit.trace"
+            )
         if not callable(loss_fn):
             raise TypeError(f"loss_fn is of type {type(loss_fn).__name__}; expected a callable (output, target) -> loss")
         if tangent_dtype is not None and tangent_dtype not in float8.ACCEPTED:
@@ -292,6 +298,11 @@ class ForwardGradient:
         if self.last.custom is None:
             self._tangents.check_unchanged(what)
         return self.last, self._tangents
+
+    def __repr__(self) -> str:
+        how = "weight" if isinstance(self._method, WeightPerturbation) else "activity"
+        options = f"k={self.k}, perturb={how!r}, tangents={self.distribution}, aggregate={self.aggregate}"
+        return f"ForwardGradient({type(self.model).__name__}, {options}, seed={self.seed}, step={self.step})"
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which have no latest estimate: model, options and step."""

@@ -294,3 +294,11 @@ def test_flags_are_true_or_false(name, value):
 def test_flags_of_functions(name):
     with pytest.raises(TypeError, match=f"{name} is 'no' of type str; expected True or False"):
         frog.forward_gradient(torch.sum, torch.ones(2), k=1, **{name: "no"})
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("perturb", ["activity", "weight"])
+def test_torchscript_is_refused(perturb):
+    traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    with pytest.raises(TypeError, match="model: 1 is TorchScript, which carries no tangents; expected modules as they were"):
+        frog.ForwardGradient(nn.Sequential(nn.Tanh(), traced), nn.MSELoss(), k=1, perturb=perturb)

@@ -435,3 +435,13 @@ def test_parameters_and_outputs_without_axes(options, aggregate):
 
     x, y = batch()
     check(frog.ForwardGradient(Scaled(), square, k=3, aggregate=aggregate, **options), x, y.double())
+
+
+def test_what_it_prints():
+    model = nn.Sequential(nn.Linear(3, 2))
+    fg = frog.ForwardGradient(
+        model, nn.MSELoss(), k=4, perturb="weight", tangents=frog.tangents.Cone(30), aggregate="mean", seed=7
+    )
+    fg(torch.randn(5, 3), torch.randn(5, 2))
+    expected = "k=4, perturb='weight', tangents=Cone(angle=30), aggregate=Mean(), seed=7, step=1)"
+    assert repr(fg) == f"ForwardGradient(Sequential, {expected}"

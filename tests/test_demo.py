@@ -113,22 +113,26 @@ def test_batches() -> None:
 
 
 @pytest.mark.parametrize("aggregate", ["orthogonal", "mean"])
-def test_vmap_jvp_estimates_as_frog_cuda_does(data: digits.Digits, aggregate: str) -> None:
+@pytest.mark.parametrize("k", [1, 5])
+def test_vmap_jvp_estimates_as_the_demo_does(data: digits.Digits, aggregate: str, k: int) -> None:
     """The other side of the ratio is the same estimator: given its tangents, frog_cuda finds the same gradient."""
     model = demo.network(0).double()
-    x, y, k = data.train_x[:32].double(), data.train_y[:32], 3
+    x, y = data.train_x[:32].double(), data.train_y[:32]
     with torch.random.fork_rng():
         torch.manual_seed(5)
         loss = gradients.vmap_jvp(model, k, aggregate)(x, y)
         torch.manual_seed(5)
-        tangents = {name: torch.randn(k, *p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+        tangents = {name: torch.randn(k, layer.out_features, dtype=x.dtype) for name, layer in layers.items()}
+    assert sum(v.shape[1] for v in tangents.values()) == 522, "activities, not weights"
     theirs = [p.grad for p in model.parameters()]
     model.zero_grad()
-    loss_fn = torch.nn.CrossEntropyLoss()
-    ours = frog_cuda.ForwardGradient(model, loss_fn, k=k, perturb="weight", tangents=tangents, aggregate=aggregate)(x, y)
-    torch.testing.assert_close(ours, loss, rtol=1e-12, atol=0)
+    ours = gradients.forward(model, k, aggregate, 0, tangents)
+    torch.testing.assert_close(ours(x, y), loss, rtol=1e-12, atol=0)
     for p, g in zip(model.parameters(), theirs, strict=True):
-        torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(p.grad, g, rtol=1e-8, atol=1e-12)
+    gradients.vmap_jvp(model, k, aggregate)(x, y)
+    assert not torch.equal(model[0].weight.grad, theirs[0]), "a call adds to .grad, with tangents of its own"
 
 
 def test_medians_take_turns() -> None:

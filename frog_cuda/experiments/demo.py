@@ -68,7 +68,7 @@ class Run:
     cosines between the gradient that was used and the true one, every 10th step."""
 
     method: Method
-    model: nn.Module
+    model: nn.Sequential
     train_loss: list[float] = field(default_factory=list)
     test_loss: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
@@ -95,7 +95,7 @@ def network(seed: int) -> nn.Sequential:
         return nn.Sequential(nn.Linear(PIXELS, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
 
 
-def train(method: Method, start: nn.Module, digits: Digits, epochs: int, seed: int, progress: Callable[..., Any]) -> Run:
+def train(method: Method, start: nn.Sequential, digits: Digits, epochs: int, seed: int, progress: Callable[..., Any]) -> Run:
     """Trains a copy of ``start`` with Adam. All methods get the same batches in the same order.
 
     Arguments:
@@ -248,8 +248,8 @@ def run(args: argparse.Namespace) -> None:
 NOTES = """\
 test: on the held-out images, after the last epoch.
 ms per gradient: median, all measured by turns after training, on one batch; zeroing .grad included.
-vmap(jvp): the same k and aggregation in plain PyTorch, torch.func.vmap over torch.func.jvp with weight tangents from
-torch.randn; below 1 means that frog_cuda is faster. frog_cuda perturbs activities here.
+vmap(jvp): the time in units of that of the same estimator in plain PyTorch, torch.func.vmap over torch.func.jvp with
+tangents of the activities from torch.randn; below 1 means that frog_cuda is faster.
 cosine: between the gradient used and the one by backprop on the same batch, mean over every 10th step of training."""
 
 

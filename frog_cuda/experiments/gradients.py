@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vmap
+from torch.func import jvp, vmap
 from torch.nn import functional as F
 
 import frog_cuda as frog
@@ -19,10 +19,10 @@ __all__ = ["Gradient", "backprop", "forward", "vmap_jvp"]
 Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
-def forward(model: nn.Module, k: int, aggregate: str, seed: int) -> frog.ForwardGradient:
-    """frog_cuda: k tangents over the activities, one directional derivative per sample."""
+def forward(model: nn.Module, k: int, aggregate: str, seed: int, tangents: Any = "normal") -> frog.ForwardGradient:
+    """frog_cuda: k tangents over the activities, shared by the batch, one directional derivative per sample."""
     loss_fn = nn.CrossEntropyLoss(reduction="none")
-    return frog.ForwardGradient(model, loss_fn, k=k, perturb="activity", aggregate=aggregate, seed=seed)
+    return frog.ForwardGradient(model, loss_fn, k=k, tangents=tangents, aggregate=aggregate, seed=seed, perturb="activity")
 
 
 @dataclass(frozen=True)
@@ -39,35 +39,56 @@ class backprop:
 
 @dataclass(frozen=True)
 class vmap_jvp:
-    """The same estimator in plain PyTorch: k weight tangents from torch.randn, stored, through ``torch.func.vmap(jvp)``.
+    """What :func:`forward` makes, in plain PyTorch: the same estimator, through ``torch.func.vmap(jvp)``.
+
+    Zeros are added to the output of each linear layer, and perturbed by k tangents from torch.randn that the batch shares. This
+    gives one derivative for each tangent and sample; a layer gets the outer product of its inputs and the estimates for its
+    outputs.
 
     Arguments:
+        model: its layers with parameters are linear.
         aggregate: ``"mean"`` or ``"orthogonal"``.
     """
 
-    model: nn.Module
+    model: nn.Sequential
     k: int
     aggregate: str
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        parameters = {name: p.detach() for name, p in self.model.named_parameters()}
-        tangents = {name: torch.randn(self.k, *p.shape, dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+        layers = [layer for layer in self.model if isinstance(layer, nn.Linear)]
+        zeros = tuple(layer.weight.new_zeros(layer.out_features) for layer in layers)
+        tangents = tuple(torch.randn(self.k, len(z), dtype=z.dtype, device=z.device) for z in zeros)  # each (k, m)
 
-        def loss(p: dict[str, Tensor]) -> Tensor:
-            return F.cross_entropy(functional_call(self.model, p, (x,)), y)
+        def losses(*shifts: Tensor) -> tuple[Tensor, list[Tensor]]:
+            """Loss of each sample (B,), and the inputs of the linear layers, each (B, n)."""
+            h, inputs, left = x, [], iter(shifts)
+            for layer in self.model:
+                if isinstance(layer, nn.Linear):
+                    inputs.append(h)
+                    h = layer(h) + next(left)
+                else:
+                    h = layer(h)
+            return F.cross_entropy(h, y, reduction="none"), inputs
 
-        def derivative(v: dict[str, Tensor]) -> Any:
-            return jvp(loss, (parameters,), (v,))
+        def derivative(*v: Tensor) -> Any:
+            return jvp(losses, zeros, v, has_aux=True)
 
-        out_dims: Any = (None, 0)  # the loss is the same for all tangents
-        value, d = vmap(derivative, out_dims=out_dims)(tangents)
+        out_dims: Any = (None, 0, None)  # losses and inputs are the same for all tangents
+        values, d, inputs = vmap(derivative, out_dims=out_dims)(*tangents)  # d (k, B)
         if self.aggregate == "orthogonal":
-            gram = sum(v.flatten(1) @ v.flatten(1).T for v in tangents.values())
-            c = torch.cholesky_solve(d.unsqueeze(1), torch.linalg.cholesky(gram)).squeeze(1)
+            gram = torch.stack([v @ v.T for v in tangents]).sum(0)
+            c = torch.cholesky_solve(d, torch.linalg.cholesky(gram))
         else:
             c = d / self.k
-        for name, p in self.model.named_parameters():
-            g = torch.tensordot(c, tangents[name], 1)
-            p.grad = g if p.grad is None else p.grad.add_(g)
-        return value
+        c = c / len(x)  # of the mean loss
+        for layer, v, h in zip(layers, tangents, inputs, strict=True):
+            outputs = c.T @ v  # estimates for the layer's outputs, (B, m)
+            _add(layer.weight, outputs.T @ h)
+            if layer.bias is not None:
+                _add(layer.bias, outputs.sum(0))
+        return values.mean()
+
+
+def _add(p: Tensor, gradient: Tensor) -> None:
+    p.grad = gradient if p.grad is None else p.grad.add_(gradient)

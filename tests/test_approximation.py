@@ -152,6 +152,46 @@ def test_resume_refuses_other_settings(tmp_path: Path, capsys: pytest.CaptureFix
     assert "is not a file of results" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "approximation --seeds 2 --max-k 1 --max-n 1",
+        "functions --seeds 1 --function sphere --max-n 1 --max-steps 2",
+        "angles --seeds 1 --samples 2 --max-steps 2 --angle 90",
+    ],
+)
+def test_results_are_not_replaced(
+    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that is typed again, or with other options, leaves what is there as it is."""
+    monkeypatch.chdir(tmp_path)
+    name, folder = given.split()[0], Path("results", given.split()[0])
+    assert main(given.split()) == 0
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.iterdir()}
+
+    before = content()
+    for again in (given, f"{given} --seed 7"):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main(again.split())
+        assert stopped.value.code == 2
+        says = f"--output: results/{name}/{name}.json is there already; --resume goes on with it, another --output leaves it"
+        assert says in capsys.readouterr().err
+        assert content() == before
+    assert main([*given.split(), "--resume"]) == 0
+    assert {path: text for path, text in content().items() if path.suffix != ".png"} == {
+        path: text for path, text in before.items() if path.suffix != ".png"
+    }
+    assert main([*given.split(), "--seed", "7", "--output", "other"]) == 0
+    (folder / f"{name}.json").unlink()
+    for flag in ([], ["--resume"]):
+        with pytest.raises(SystemExit):
+            main([*given.split(), *flag])
+        assert f"{name}.csv is there" in capsys.readouterr().err
+
+
 def test_results_keep_no_number_that_json_cannot_hold(tmp_path: Path) -> None:
     table = results.Results(tmp_path, "x", command="c", settings={"ks": (1, 2)})
     table.add([{"a": float("nan"), "b": float("inf"), "c": 0.5, "d": "text"}])

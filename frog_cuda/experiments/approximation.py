@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         MissingPackages: matplotlib or tqdm are not installed.
-        UsageError: an option cannot be used.
+        UsageError: an option cannot be used, or there are results in the output folder already.
     """
     tqdm = require(*PACKAGES)[-1]
     from .plots import approximation_figures

@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         MissingPackages: matplotlib or tqdm are not installed.
-        UsageError: an option cannot be used, or a learning rate is missing.
+        UsageError: an option cannot be used, a learning rate is missing, or there are results in the output folder already.
     """
     tqdm = require(*PACKAGES)[-1]
     from .plots import functions_figure

@@ -35,9 +35,10 @@ class Results:
         name: of the files.
         command: the command line.
         settings: all that the results depend on.
-        resume: go on with the files in ``folder``, if there are any; otherwise they are replaced by the first addition.
+        resume: go on with the files in ``folder``, if there are any.
     Raises:
-        UsageError: ``resume``, but the files were made with other settings or cannot be read; the folder cannot be made.
+        UsageError: not ``resume``, but there are such files; ``resume``, but they were made with other settings or cannot be
+            read; the folder cannot be made.
     """
 
     def __init__(self, folder: Path, name: str, *, command: str, settings: Mapping[str, Any], resume: bool = False) -> None:
@@ -50,7 +51,17 @@ class Results:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"--output {str(folder)!r} cannot be made: {error.strerror}") from error
-        if resume and self.path("json").exists():
+        there = [path for path in (self.path("json"), self.path("csv")) if path.exists()]
+        if there and not resume:
+            raise UsageError(
+                f"--output: {there[0]} is there already; --resume goes on with it, another --output leaves it as it is"
+            )
+        if there == [self.path("csv")]:
+            raise UsageError(
+                f"--resume: {there[0]} is there without {self.path('json').name}, from which a run goes on; "
+                "choose another --output, or remove the file"
+            )
+        if there:
             self._read()
 
     def path(self, ending: str) -> Path:

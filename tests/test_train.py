@@ -220,6 +220,32 @@ def test_resume_refuses_another_run(few: Images, tmp_path: Path) -> None:
         command.train(settings, few, tmp_path, resume=True)
 
 
+@pytest.mark.parametrize("epochs", [2, 4], ids=["unfinished", "more epochs"])
+def test_resume_needs_the_checkpoint(few: Images, tmp_path: Path, epochs: int) -> None:
+    """A run does not begin anew, and replace what is there, because its checkpoint is gone."""
+    settings = dataclasses.replace(FC, epochs=2, dtype="float64")
+    command.train(settings, few, tmp_path, stop=lambda: epochs == 2)  # after the first step
+    (tmp_path / "checkpoint.pt").unlink()
+    before = (tmp_path / "result.json").read_text()
+    settings = dataclasses.replace(settings, epochs=epochs)
+    with pytest.raises(UsageError, match="but no checkpoint.pt to go on from; remove the folder .* or --overwrite begins all"):
+        command.train(settings, few, tmp_path, resume=True)
+    assert (tmp_path / "result.json").read_text() == before
+    assert command.train(settings, few, tmp_path)["status"] == "all epochs"
+
+
+def test_what_cannot_go_on_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = f"train --width 8 --lr 0.1 --gradient bp --output {tmp_path} --epochs".split()
+    assert main([*options, "1", "--seeds", "1"]) == 0
+    (checkpoint_file,) = tmp_path.rglob("checkpoint.pt")
+    checkpoint_file.unlink()
+    assert main([*options, "1", "--seeds", "1", "--resume"]) == 0, "nothing is left to do"
+    with pytest.raises(SystemExit):
+        main([*options, "2", "--seeds", "0,1", "--resume"])
+    assert "digits-fc-width8-bp-seed1 holds a run up to epoch 1, but no checkpoint.pt" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 1, "the first run has not begun"
+
+
 def test_ctrl_c(tmp_path: Path) -> None:
     """A process that is interrupted leaves a checkpoint; its continuation ends as a run that was left alone."""
     options = "train --width 16 --k 2 --lr 0.1 --epochs 400 --patience 400".split()

@@ -30,6 +30,7 @@ __all__ = ["add_arguments", "add_settings", "learning_rate", "run", "settings_of
 
 FINISHED = ("all epochs", "no improvement", "diverged")
 BATCH = {"cifar10": 128, "svhn": 128}  # of the others: 64, as in the authors' experiments
+CHECKPOINT = "checkpoint.pt"
 INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
 
 
@@ -171,6 +172,8 @@ def run(args: argparse.Namespace) -> int:
         folder = args.output / settings.name
         if not (args.resume or args.overwrite) and (folder / "result.json").exists():
             raise UsageError(f"--output: {folder} holds a run; --resume goes on with it, --overwrite begins anew")
+        if args.resume:
+            _finished(folder, settings)  # what cannot go on is said before hours of training
     data = prepare(args)
     for settings in wanted:  # what a model or an optimizer does not accept is said before hours of training
         Trainer(settings, data)
@@ -220,15 +223,15 @@ def train(
     Returns:
         the content of result.json.
     Raises:
-        UsageError: settings are not accepted, or what is to be resumed is of other settings or damaged.
+        UsageError: settings are not accepted, or what is to be resumed is of other settings, damaged or not all there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {str(folder)!r} cannot be made: {error.strerror}") from error
-    saved, result_file = folder / "checkpoint.pt", folder / "result.json"
+    saved = folder / CHECKPOINT
     if resume:
-        finished = _finished(result_file, settings)
+        finished = _finished(folder, settings)
         if finished is not None:
             return finished
     trainer = Trainer(settings, data)
@@ -296,8 +299,13 @@ def _write(folder: Path, trainer: Trainer, command: str) -> dict[str, Any]:
     return {**result, "epochs": list(trainer.history)}
 
 
-def _finished(path: Path, settings: Settings) -> dict[str, Any] | None:
-    """The result there, if nothing is left to do for these settings."""
+def _finished(folder: Path, settings: Settings) -> dict[str, Any] | None:
+    """The result there, if nothing is left to do for these settings.
+
+    Raises:
+        UsageError: it is of other settings, or there is something left to do and no checkpoint to go on from.
+    """
+    path = folder / "result.json"
     if not path.exists():
         return None
     try:
@@ -306,8 +314,14 @@ def _finished(path: Path, settings: Settings) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--resume: {path} is not the result of a run: {error!r}") from error
     check_same(str(path), theirs, plain(settings.plain()), but=["epochs"])
-    over = status in FINISHED and (status != "all epochs" or settings.epochs <= epochs)
-    return result if over else None
+    if status in FINISHED and (status != "all epochs" or settings.epochs <= epochs):
+        return result
+    if not (folder / CHECKPOINT).exists():
+        raise UsageError(
+            f"--resume: {folder} holds a run up to epoch {epochs}, but no {CHECKPOINT} to go on from; "
+            "remove the folder to begin this run anew, or --overwrite begins all anew"
+        )
+    return None
 
 
 def _tensorboard(folder: Path, epoch: int) -> Any:

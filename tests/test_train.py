@@ -305,7 +305,7 @@ class Payload:
         return os.mkdir, ("ran",)
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "payload", "other", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "text", "payload", "other", "missing", "tensor"])
 def test_damaged_checkpoint(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint.pt"
@@ -318,11 +318,31 @@ def test_damaged_checkpoint(damage: str, tmp_path: Path, monkeypatch: pytest.Mon
         torch.save({"format": checkpoint.FORMAT, "x": Payload()}, path)
     elif damage == "other":
         torch.save([1, 2], path)
+    elif damage == "tensor":
+        stored = torch.arange(1000).numpy().tobytes()
+        path.write_bytes(path.read_bytes().replace(stored, stored[:80] + b"\xff" + stored[81:]))
+        assert torch.load(path)["x"][10] == 255, "torch.load does not notice"
     else:
         path.unlink()
     with pytest.raises(UsageError, match="checkpoint"):
         checkpoint.load(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_no_bit_changes_what_is_read(tmp_path: Path) -> None:
+    """Of every 5th byte: it is noticed, or does not matter."""
+    path, state = tmp_path / "checkpoint.pt", {"x": torch.arange(20.0), "words": ["a", None]}
+    checkpoint.save(path, state)
+    raw, noticed = path.read_bytes(), 0
+    for i in range(0, len(raw), 5):
+        path.write_bytes(raw[:i] + bytes([raw[i] ^ 1 << i % 8]) + raw[i + 1 :])
+        try:
+            found = checkpoint.load(path)
+        except UsageError:
+            noticed += 1
+        else:
+            assert torch.equal(found["x"], state["x"]) and found["words"] == state["words"]
+    assert noticed > 100
 
 
 # ---- the command

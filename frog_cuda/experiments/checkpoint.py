@@ -5,9 +5,11 @@ from __future__ import annotations
 import pickle
 import signal
 import threading
+import zipfile
+import zlib
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -17,6 +19,19 @@ from . import UsageError
 __all__ = ["FORMAT", "Interruption", "load", "save"]
 
 FORMAT = 1
+
+#: what reading a damaged file, or another one, may raise; zlib and zipfile where bits of the headers changed
+READING = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    NotImplementedError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -38,13 +53,29 @@ def load(path: Path) -> dict[str, Any]:
         UsageError: not readable, damaged, or not such a file.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        with open(path, "rb") as file:
+            _check_sums(file)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except READING as error:
         raise UsageError(f"--resume: checkpoint {path} cannot be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
         raise UsageError(f"--resume: {path} is no checkpoint of format {FORMAT}; found {found!r}")
     return state
+
+
+def _check_sums(file: BinaryIO) -> None:
+    """torch.load does not compare the check sums that the zip archive has of each of its files.
+
+    Raises:
+        ValueError: one is wrong.
+        zipfile.BadZipFile: it is no such archive.
+    """
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the check sum of {damaged} in it is wrong")
+    file.seek(0)
 
 
 class Interruption:

@@ -240,17 +240,43 @@ def test_an_interrupted_run_is_shown_as_far_as_it_went(complete: list[str], smal
         assert re.search(rf"^\| {name}, k = 64 \| {cosine}; {figure} (\| {cut}; - ){{2}}\|$", section, re.MULTILINE)
 
 
+def test_the_workflow_of_the_readme(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands without --output, in an empty folder, and a report of them; other results are left alone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "reproduction.md").write_text("shipped")
+    shutil.copytree(SHIPPED / "angles", tmp_path / "results" / "paper" / "angles")
+    with pytest.raises(SystemExit):
+        main(["report"])
+    assert "--results is 'results'; expected a folder with results of approximation, functions" in capsys.readouterr().err
+    assert main("approximation --max-k 2 --max-n 2 --seeds 3".split()) == 0
+    assert main("train --width 8 --epochs 1 --lr 0.1".split()) == 0
+    assert main(["report"]) == 0
+    assert "Page: results/report.md. Figures: results/report." in capsys.readouterr().out
+    text = Path("results/report.md").read_text()
+    assert "`python -m frog_cuda report` wrote this page" in text and "python -m frog_cuda train --width 8" in text
+    assert "**Missing:** no results in `results/angles`" in text
+    assert "`docs/experiments.md`" in text and not re.search(r"\]\(\w+\.md\)", text), "no links to what is not beside the page"
+    assert all((tmp_path / "results" / name).exists() for name in re.findall(r"\]\(([^)]+)\)", text))
+    assert Path("docs/reproduction.md").read_text() == "shipped"
+
+
 def test_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "empty").mkdir()
-    assert main(["report", "--results", str(tmp_path / "empty"), "--output", str(tmp_path / "page.md")]) == 0
-    assert capsys.readouterr().out.count("no results") == len(STATEMENTS)
-    assert (tmp_path / "page.md").read_text().count("**Missing:**") == 4
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(SystemExit):
+            main(["report", "--results", str(folder), "--output", str(tmp_path / "page.md")])
+        assert f"--results is '{folder}'; expected a folder with results of approximation" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    text = report.page(NOTHING, tmp_path, "page", command="report", beside_docs=True)
+    assert text.count("**Missing:**") == 4 and text.count(" | no results |") == len(STATEMENTS)
 
 
 def test_wrong_options(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["report", "--results", str(tmp_path / "none")])
-    assert "--results is" in capsys.readouterr().err
+        main(["report", "--results", str(small), "--output", str(tmp_path / "page")])
+    assert "expected a name with an ending, such as page.md" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
         main(["report", "--results", str(small), "--output", str(tmp_path / "file" / "page.md")])
@@ -274,9 +300,12 @@ def test_every_question_has_statements() -> None:
 
 
 def test_the_committed_page_is_of_the_committed_results() -> None:
-    """`python -m frog_cuda report` writes it."""
+    """The command that it and docs/experiments.md name writes it."""
     text = (ROOT / "docs" / "reproduction.md").read_text()
-    assert report.page(read(SHIPPED), SHIPPED.relative_to(ROOT), "reproduction") == text
+    command = "python -m frog_cuda report --results results/paper --output docs/reproduction.md"
+    assert f"    {command}\n" in (ROOT / "docs" / "experiments.md").read_text()
+    made = report.page(read(SHIPPED), SHIPPED.relative_to(ROOT), "reproduction", command=command, beside_docs=True)
+    assert made == text
 
 
 def test_committed_runs_are_complete_and_portable() -> None:

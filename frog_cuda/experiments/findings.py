@@ -152,18 +152,22 @@ def read(folder: Path) -> Findings:
     """All results below ``folder``, in the folders ``approximation``, ``functions``, ``angles`` and ``train``.
 
     Raises:
-        UsageError: there is no such folder, or a file in it is not what it should be.
+        UsageError: there is no such folder, there are no results in it, or a file in it is not what it should be.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--results is {str(folder)!r}; expected a folder with results of the experiments")
     runs = sorted((folder / "train").glob("*/result.json"))
-    return Findings(
+    found = Findings(
         approximation=_table(folder / "approximation" / "approximation.json"),
         functions=_table(folder / "functions" / "functions.json"),
         angles=_table(folder / "angles" / "angles.json"),
         descent=_table(folder / "angles" / "angles_descent.json"),
         models=_models(_load(path, lambda run: {name: run[name] for name in RUN}) for path in runs),
     )
+    if found == Findings(None, None, None, None, ()):
+        raise UsageError(
+            f"--results is {str(folder)!r}; expected a folder with results of approximation, functions, angles or train in "
+            "folders of these names, which is where the commands put them"
+        )
+    return found
 
 
 def _load(path: Path, make: Callable[[dict[str, Any]], Any]) -> Any:

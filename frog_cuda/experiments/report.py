@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,7 +24,8 @@ MISSING = "**Missing:** no results in"
 INTRODUCTION = """\
 # Reproduction of the paper
 
-`python -m frog_cuda report` wrote this page from the files of results; all figures and verdicts are computed from them.
+`{command}` wrote this page
+from the files of results; all figures and verdicts are computed from them.
 Commands and settings are explained in [experiments.md](experiments.md), how estimates are made in
 [forward_gradients.md](forward_gradients.md).
 
@@ -49,12 +51,16 @@ assert abs(cosine - 0.494) < 1e-3 and cosine == length
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m frog_cuda report``."""
     add = parser.add_argument
-    add("--results", type=Path, default=Path("results/paper"), help="folder with the results (default: %(default)s)")
+    add(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        help="folder in which other commands made theirs, such as results/train (default: %(default)s)",
+    )
     add(
         "--output",
         type=Path,
-        default=Path("docs/reproduction.md"),
-        help="the page; figures are put in a folder of its name beside it (default: %(default)s)",
+        help="the page; figures are put in a folder of its name beside it (default: report.md in --results)",
     )
 
 
@@ -63,19 +69,23 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         MissingPackages: matplotlib is not installed.
-        UsageError: there are no such results, or nowhere to write.
+        UsageError: there are no results, or nowhere to write.
     """
     require("matplotlib.figure")
+    output = args.results / "report.md" if args.output is None else args.output
     found = read(args.results)
-    folder = args.output.with_suffix("")
+    folder = output.with_suffix("")
+    if folder == output:
+        raise UsageError(f"--output is {str(output)!r}; expected a name with an ending, such as {output.name}.md")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         figures(found, folder)
-        replace(args.output, page(found, args.results, folder.name))
+        beside = (output.parent / "experiments.md").exists()
+        replace(output, page(found, args.results, folder.name, command=args.command_line, beside_docs=beside))
     except OSError as error:
-        raise UsageError(f"--output {str(args.output)!r} cannot be written: {error.strerror}") from error
+        raise UsageError(f"--output {str(output)!r} cannot be written: {error.strerror}") from error
     lines = [f"{s.name:<3} {verdict(s, found):<22} {s.text}" for s in STATEMENTS]
-    print("\n".join([*lines, "", f"Page: {args.output}. Figures: {folder}."]))
+    print("\n".join([*lines, "", f"Page: {output}. Figures: {folder}."]))
 
 
 def figures(found: Findings, folder: Path) -> None:
@@ -96,17 +106,20 @@ def figures(found: Findings, folder: Path) -> None:
         curves_figure(found.models, folder / "curves.png")
 
 
-def page(found: Findings, results: Path, folder: str) -> str:
+def page(found: Findings, results: Path, folder: str, *, command: str, beside_docs: bool) -> str:
     """The page, as Markdown.
 
     Arguments:
         results: where the results are, for the text.
         folder: with the figures, beside the page.
+        command: that makes the page.
+        beside_docs: whether it stands beside the pages of docs/, and can link to them.
     """
-    parts = [INTRODUCTION, summary(found), questions(found)]
+    parts = [INTRODUCTION.replace("{command}", command), summary(found), questions(found)]
     parts += [section(found, results, folder) for section in (approximation, functions, angles, training)]
     parts += [gaps(found, results), provenance(found)]
-    return "\n".join(part.strip() + "\n" for part in parts)
+    text = "\n".join(part.strip() + "\n" for part in parts)
+    return text if beside_docs else re.sub(r"\[(\w+\.md)\]\(\1\)", r"`docs/\1`", text)
 
 
 def verdict(statement: Statement, found: Findings) -> str:

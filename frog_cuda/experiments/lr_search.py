@@ -15,7 +15,9 @@ import itertools
 import json
 import math
 import multiprocessing
+import multiprocessing.pool
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -110,7 +112,7 @@ class Search:
             UsageError: it was made with other settings, or the file is no journal.
         """
         (optuna,) = require("optuna")
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # what ends a trial is raised as well
         study = optuna.create_study(
             storage=self._journal(),
             study_name=f"train {objective.case}",
@@ -332,10 +334,19 @@ def run(args: argparse.Namespace) -> None:
             _found(plan, objective, table, args.lr_table)
         return
     shares = [[count // args.jobs + (i < count % args.jobs) for count in left] for i in range(args.jobs)]
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+    with _pool(args.jobs) as pool:
         pool.starmap(_process, [(plan, objectives, args, counts, ends, i) for i, counts in enumerate(shares)], chunksize=1)
     for objective in objectives:
         _found(plan, objective, table, args.lr_table)
+
+
+def _pool(jobs: int) -> multiprocessing.pool.Pool:
+    """Processes that leave Ctrl-C, which a terminal sends to all, to this one; it ends them then."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it
+    try:
+        return multiprocessing.get_context("spawn").Pool(jobs)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _found(plan: Search, objective: Training, table: RateTable, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -18,6 +19,26 @@ _loaded = False
 
 
 def load() -> None:
+    """:func:`load_libraries`; on the command line, an error ends the process with its message and no traceback.
+
+    ``python -m frog_cuda`` imports the package before any code of ``__main__`` runs that could do so.
+    """
+    try:
+        load_libraries()
+    except (ImportError, ValueError) as error:
+        if not _on_command_line():
+            raise
+        sys.exit(f"python -m {__package__}: {error}")
+
+
+def _on_command_line() -> bool:
+    """Whether Python is importing this package for ``python -m frog_cuda``; argv[0] is "-m" only until the module was found."""
+    given = sys.orig_argv
+    named = f"-m{__package__}" in given or ("-m", __package__) in zip(given, given[1:])
+    return sys.argv[:1] == ["-m"] and named
+
+
+def load_libraries() -> None:
     """Loads ``_C`` (schemas and CPU kernels) and, beside a CUDA build of torch, ``_C_cuda``; safe to call twice.
 
     Without ``_C_cuda`` every operator raises on CUDA tensors, saying why and how to mend it.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from frog_cuda.__main__ import COMMANDS, main
-from frog_cuda.experiments import UsageError
+from frog_cuda.experiments import UsageError, lr_search
 
 ROOT = Path(__file__).parent.parent
 RESUMED = ("approximation", "angles", "functions", "train")
@@ -74,3 +74,38 @@ def test_ctrl_c(command: str, tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert "Traceback" not in err and f"python -m frog_cuda {command.split()[0]}: interrupted; " in err, err
     assert out == ""
+
+
+def test_processes_of_a_search_leave_ctrl_c_to_the_first() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with lr_search._pool(1) as pool:
+        assert pool.apply(signal.getsignal, (signal.SIGINT,)) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_help_of_steps_is_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for name in ("functions", "angles"):
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        shown[name] = " ".join(capsys.readouterr().out.split())
+    assert "(default: 1000, Rosenbrock 25000; with --quick a tenth)" in shown["functions"]
+    assert "(default: 1000, with --quick 100)" in shown["angles"] and "Rosenbrock" not in shown["angles"]
+
+
+@pytest.mark.parametrize("how", [["-m", "frog_cuda"], ["-mfrog_cuda"], ["-X", "utf8", "-m", "frog_cuda"]])
+def test_a_library_that_does_not_load_is_one_line(how: list[str]) -> None:
+    environment = os.environ | {"FROG_CUDA_SIMD": "foo"}
+    command = [sys.executable, *how, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("python -m frog_cuda: FROG_CUDA_SIMD is 'foo'; this build on this machine accepts ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_import_still_raises() -> None:
+    """Of code that another module of the command line runs."""
+    environment = os.environ | {"FROG_CUDA_SIMD": "foo"}
+    script = "import runpy, sys; sys.argv = ['-m']; import frog_cuda"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ValueError: FROG_CUDA_SIMD is 'foo'")

@@ -13,7 +13,7 @@ import torch
 import frog_cuda
 from frog_cuda import experiments
 from frog_cuda.__main__ import COMMANDS, main
-from frog_cuda.experiments import MissingPackages, UsageError, demo, digits, gradients, missing, require, timing
+from frog_cuda.experiments import MissingPackages, UsageError, demo, digits, gradients, missing, plots, require, timing
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +51,14 @@ def test_demo(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     content = figure.read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) > 20_000
     assert str(figure) in out
+
+
+def test_the_ending_says_what_kind_of_file_the_figure_is(tmp_path: Path) -> None:
+    run = demo.Run(demo.methods(4)[0], demo.network(0), train_loss=[2.0, 1.0], test_loss=[2.0, 1.5])
+    for ending, start in ((".png", b"\x89PNG"), (".PNG", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")):
+        path = tmp_path / f"curves{ending}"
+        plots.loss_curves([run] * len(plots.STYLES), path)
+        assert path.read_bytes().startswith(start)
 
 
 def test_table_shows_what_was_measured() -> None:
@@ -174,6 +182,8 @@ def test_module_runs() -> None:
         (["demo", "--device", "tpu"], "--device is 'tpu'; accepted are auto, cpu and cuda"),
         (["demo", "--output", "no/such/folder/x.png"], "expected a file in a folder that exists"),
         (["demo", "--output", "."], "expected a file in a folder that exists"),
+        (["demo", "--output", "x.foo"], "--output is 'x.foo'; accepted endings are .png, .pdf, .svg"),
+        (["demo", "--output", "x"], "--output is 'x'; accepted endings are .png, .pdf, .svg"),
     ],
 )
 def test_wrong_options(

@@ -208,6 +208,10 @@ def test_tables_of_the_authors(tmp_path: Path) -> None:
         path.write_text("\n".join(lines[:3]).replace(*change))
         with pytest.raises(UsageError, match=message):
             RateTable.read(path)
+    for binary in (b"\x89PNG\r\n\xff", b"function,n\nsphere,\0", b'function,n\n"' + b"x" * 200_000):
+        path.write_bytes(binary)
+        with pytest.raises(UsageError, match="math.csv'( is not CSV|, line 2)"):
+            RateTable.read(path)
 
 
 # ---- the command

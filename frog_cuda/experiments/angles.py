@@ -61,7 +61,7 @@ def _row(k: int, n: int, angle: float | None, approach: str, quality: Quality) -
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m frog_cuda angles``."""
     add_common(parser, seeds=5, output="results/angles")
-    add_descent(parser)
+    add_descent(parser, steps=f"{FUNCTION.steps}, with --quick {FUNCTION.steps // 10}")
     add = parser.add_argument
     add("--samples", type=positive, help="of estimates compared with the gradient (default: 1000, with --quick 200)")
     add(

@@ -206,7 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of weights, batches and tangents (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu or cuda (default: a GPU, where this build has kernels for it)")
     add("--threads", type=positive, help="CPU threads (default: as many as PyTorch takes)")
-    add("--output", type=Path, default=Path("frog_cuda_demo.png"), help="the figure (default: %(default)s)")
+    add("--output", type=Path, default=Path("frog_cuda_demo.png"), help="the figure, as PNG, PDF or SVG (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -214,15 +214,17 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         MissingPackages: scikit-learn, matplotlib or tqdm are not installed.
-        UsageError: the device cannot be used, or there is no folder for the figure.
+        UsageError: the device cannot be used, or the figure cannot be written there or in such a file.
     """
     started = time.perf_counter()
     tqdm = require(*PACKAGES, extra="demo")[-1]
-    from .plots import loss_curves
+    from .plots import ENDINGS, loss_curves
 
     device = choose_device(args.device, torch.cuda.is_available(), bool(build_info()["cuda"]))
     if not args.output.resolve().parent.is_dir() or args.output.is_dir():
         raise UsageError(f"--output is {str(args.output)!r}; expected a file in a folder that exists")
+    if args.output.suffix.lower() not in ENDINGS:
+        raise UsageError(f"--output is {str(args.output)!r}; accepted endings are {', '.join(ENDINGS)}")
     if not 0 <= args.seed < 2**63:
         raise UsageError(f"--seed is {args.seed}; expected an integer in [0, 2^63)")
     if args.threads is not None:

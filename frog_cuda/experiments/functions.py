@@ -150,21 +150,25 @@ def _lowest(tried: dict[int, float]) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m frog_cuda functions``."""
     add_common(parser, seeds=5, output="results/functions")
-    add_descent(parser)
+    add_descent(parser, steps="1000, Rosenbrock 25000; with --quick a tenth")
     add = parser.add_argument
     add("--function", choices=tuple(FUNCTIONS), action="append", help="only this one; may be given again (default: all)")
     add("--max-n", type=positive, help="dimensions: powers of two up to this (default: 1024, with --quick 64)")
 
 
-def add_descent(parser: argparse.ArgumentParser) -> None:
-    """Options of all commands that descend."""
+def add_descent(parser: argparse.ArgumentParser, *, steps: str) -> None:
+    """Options of all commands that descend.
+
+    Arguments:
+        steps: default of ``--max-steps``, in words.
+    """
     add = parser.add_argument
     add(
         "--lr-table",
         type=Path,
         help="learning rates: JSON as lr-search writes, or CSV as the authors published (default: ours)",
     )
-    add("--max-steps", type=positive, help="at most so many steps (default: 1000, Rosenbrock 25000; with --quick a tenth)")
+    add("--max-steps", type=positive, help=f"at most so many steps (default: {steps})")
     add("--search", type=Path, metavar="TABLE", help="search learning rates instead, and add them to this JSON file")
 
 

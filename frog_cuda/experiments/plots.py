@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["angles_figure", "approximation_figures", "curves_figure", "errors_figure", "functions_figure", "loss_curves"]
 
+#: of files that loss_curves writes
+ENDINGS = (".png", ".pdf", ".svg")
+
 # From dark to light, and each with a dash and a marker of its own, so that the lines can be told apart in grey
 STYLES: list[dict[str, Any]] = [
     {"color": "#000000", "linestyle": "-", "marker": "", "linewidth": 1.2},
@@ -26,8 +29,10 @@ STYLES: list[dict[str, Any]] = [
 
 
 def loss_curves(runs: Sequence[Run], path: Path) -> None:
-    """Training loss and test loss by epoch, one line for each run, as a PNG.
+    """Training loss and test loss by epoch, one line for each run.
 
+    Arguments:
+        path: its ending, one of :data:`ENDINGS`, says what kind of file is written.
     Raises:
         MissingPackages: matplotlib is not installed.
         OSError: the file cannot be written.
@@ -51,7 +56,7 @@ def loss_curves(runs: Sequence[Run], path: Path) -> None:
         panel.grid(True, which="major", linewidth=0.4, color="#d9d9d9")
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=path.suffix[1:].lower())
 
 
 MARKERS = "osD^vP"

@@ -62,8 +62,9 @@ class RateTable:
             raise
         except OSError as error:
             raise UsageError(f"--lr-table {str(source)!r} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise UsageError(f"--lr-table {str(source)!r} is not JSON: {error}") from error
+        except (ValueError, csv.Error) as error:
+            kind = "CSV" if source.suffix == ".csv" else "JSON"
+            raise UsageError(f"--lr-table {str(source)!r} is not {kind}: {error}") from error
         if not isinstance(content, dict):
             raise UsageError(
                 f"--lr-table {str(source)!r} holds a {type(content).__name__}; expected {{experiment: {{case: rate}}}}"

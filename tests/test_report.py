@@ -14,6 +14,7 @@ import pytest
 from frog_cuda.__main__ import main
 from frog_cuda.experiments import UsageError, report
 from frog_cuda.experiments.findings import Cell, Findings, Model, Table, read
+from frog_cuda.experiments.rates import SET_BY_HAND, RateTable
 from frog_cuda.experiments.statements import QUESTIONS, STATEMENTS, Check, reached
 
 ROOT = Path(__file__).parent.parent
@@ -117,12 +118,22 @@ def test_angles() -> None:
     assert statement("C2").check(lower).verdict == "holds", "lower values are better"
 
 
-def network(name: str, errors: dict[str, float], status: str = "no improvement") -> Model:
+def network(
+    name: str, errors: dict[str, float], status: str = "no improvement", most: int = 200, rates: dict[str, float] | None = None
+) -> Model:
+    """Two seeds each.
+
+    Arguments:
+        most: epochs.
+        rates: by case.
+    """
     cells = {}
     for approach, error in errors.items():
         epochs = [{"valid_loss": loss} for loss in (3.0, 1.0, 2.0)]
-        run = {"settings": {"seed": 0, "lr": 0.1}, "status": status, "test_accuracy": 1 - error / 100, "epochs": epochs}
-        cells[approach] = Cell((run, {**run, "settings": {"seed": 1, "lr": 0.1}}))
+        case = f"digits {name} {approach}"
+        settings = {"seed": 0, "lr": (rates or {}).get(case, 0.1), "epochs": most}
+        run = {"case": case, "settings": settings, "status": status, "test_accuracy": 1 - error / 100, "epochs": epochs}
+        cells[approach] = Cell((run, {**run, "settings": {**settings, "seed": 1}}))
     return Model("digits", name, cells)
 
 
@@ -141,6 +152,36 @@ def test_networks() -> None:
     assert statement("L1").check(found) is None
     better = dataclasses.replace(NOTHING, models=(network("vit width=8", {**errors, "orthogonal k=16": 1.0}),))
     assert statement("L3").check(better).verdict == "does not hold"
+
+
+def test_what_is_not_compared_like_for_like() -> None:
+    """The verdict says so where networks had other numbers of epochs, or rates that no search gave."""
+    few = {"bp": 2.0, "mean k=1": 9.0, "orthogonal k=16": 4.5}
+    many = {"bp": 2.0, "mean k=1": 9.5, "orthogonal k=16": 5.0}
+    shipped = RateTable.read().rates["train"]
+
+    def check(**options: Any) -> Check:
+        models = (network("fc width=1024", few, rates=shipped), network("fc width=4096", many, **options))
+        return statement("N4").check(dataclasses.replace(NOTHING, models=models))
+
+    assert check().verdict == "holds" and check().caveat == ""
+    for options in ({"most": 100, "status": "all epochs"}, {"rates": shipped}):
+        found = check(**options)
+        assert found.verdict == "holds, not like for like"
+        epochs, cut, by_hand = (100, 4, 0) if "most" in options else (200, 0, 3)
+        assert "fc width=1024, at most 200 epochs, which cut off 0 of 4 runs without backprop, and 0 of 3" in found.caveat
+        assert f"fc width=4096, at most {epochs} epochs, which cut off {cut} of 4 runs without" in found.caveat
+        assert f", and {by_hand} of 3 learning rates set by hand. A part" in found.caveat
+
+
+def test_rates_set_by_hand_are_of_the_shipped_table() -> None:
+    assert set(RateTable.read().rates["train"]) >= SET_BY_HAND
+    page = (ROOT / "docs" / "reproduction.md").read_text().partition("Learning rate:")[2].partition("Epochs until")[0]
+    rows = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in page.splitlines() if row.startswith("| ")}
+    marked = {name: sum("†" in cell for cell in cells) for name, cells in rows.items()}
+    assert marked["fc width=256"] == 0 and marked["fc width=1024"] == 1 and marked["fc width=4096"] == 8
+    assert marked["lenet5 own-tangents"] == 5 and marked["resnet18 width=8 own-tangents"] == 7
+    assert page.count("† Set by hand") == 1
 
 
 def test_cells() -> None:

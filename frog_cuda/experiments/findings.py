@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from . import UsageError
+from .rates import SET_BY_HAND, RateTable
 from .results import Row
 
 __all__ = ["EXPECTED", "Cell", "Findings", "Model", "Table", "key", "read", "versions"]
@@ -86,6 +87,18 @@ class Cell:
         return sorted({run["settings"]["lr"] for run in self.runs})
 
     @property
+    def by_hand(self) -> bool:
+        """Whether the rate is one of the package that no search gave; of rates of other tables, nothing is known."""
+        shipped = RateTable.read().rates.get("train", {})
+        cases = {(run["case"], run["settings"]["lr"]) for run in self.runs}
+        return any(case in SET_BY_HAND and shipped.get(case) == rate for case, rate in cases)
+
+    @property
+    def cut_off(self) -> int:
+        """How many runs ended because all epochs were done."""
+        return sum(run["status"] == "all epochs" for run in self.runs)
+
+    @property
     def seeds(self) -> list[int]:
         return [run["settings"]["seed"] for run in self.runs]
 
@@ -113,9 +126,13 @@ class Model:
         """Numbers of tangents, rising."""
         return sorted({int(name.split("k=")[1]) for name in self.cells if "k=" in name})
 
+    def cell(self, aggregate: str, k: int) -> Cell | None:
+        """With one tangent that of the mean serves both, as only the length differs."""
+        return self.cells.get(f"{aggregate} k={k}") or (self.cells.get("mean k=1") if k == 1 else None)
+
     def error(self, aggregate: str, k: int) -> float | None:
-        """Mean test error in percent; with one tangent that of the mean serves both, as only the length differs."""
-        cell = self.cells.get(f"{aggregate} k={k}") or (self.cells.get("mean k=1") if k == 1 else None)
+        """Mean test error in percent."""
+        cell = self.cell(aggregate, k)
         return None if cell is None else cell.error
 
     @property

@@ -18,10 +18,25 @@ from .._files import replace
 from . import UsageError
 from .descent import Approach
 
-__all__ = ["SHIPPED", "RateTable"]
+__all__ = ["SET_BY_HAND", "SHIPPED", "RateTable"]
 
 #: the table that is used where none is given
 SHIPPED = Path(__file__).with_name("learning_rates.json")
+
+_WITHOUT_BACKPROP = ("mean k=1", *(f"{aggregate} k={k}" for k in (2, 4, 16) for aggregate in ("mean", "orthogonal")))
+#: cases of ``train`` whose rate in that table no search gave; docs/experiments.md says where they come from
+SET_BY_HAND = frozenset(
+    [
+        *(f"digits fc width=4096 {approach}" for approach in ("bp", *_WITHOUT_BACKPROP)),
+        "digits fc width=1024 mean k=16",
+        *(
+            f"digits lenet5 {approach} own-tangents"
+            for approach in _WITHOUT_BACKPROP
+            if approach not in ("orthogonal k=4", "mean k=16")
+        ),
+        *(f"digits resnet18 width=8 {approach} own-tangents" for approach in _WITHOUT_BACKPROP),
+    ]
+)
 
 
 class RateTable:

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         replace(output, page(found, args.results, folder.name, command=args.command_line, beside_docs=beside))
     except OSError as error:
         raise UsageError(f"--output {str(output)!r} cannot be written: {error.strerror}") from error
-    lines = [f"{s.name:<3} {verdict(s, found):<22} {s.text}" for s in STATEMENTS]
+    lines = [f"{s.name:<3} {verdict(s, found):<38} {s.text}" for s in STATEMENTS]
     print("\n".join([*lines, "", f"Page: {output}. Figures: {folder}."]))
 
 
@@ -160,6 +160,8 @@ def evidence(found: Findings, number: str) -> list[str]:
         if check is not None and check.but:
             shown = "; ".join(check.but[:12]) + (f"; and {len(check.but) - 12} more" if len(check.but) > 12 else "")
             lines.append(f"  Not in: {shown}.")
+        if check is not None and check.caveat:
+            lines.append(f"  **Not like for like.** {check.caveat}")
     return lines
 
 
@@ -272,6 +274,8 @@ def training(found: Findings, results: Path, folder: str) -> str:
         lines += [f"{title}:", ""]
         body = [_row(m, approaches, cell_text) for m in found.models]
         lines += [*grid(["", *(_title(name) for name in approaches)], body), ""]
+        if any(BY_HAND in text for row in body for text in row[1:]):
+            lines += [f"{BY_HAND} Set by hand, not found by a search; how is told in [experiments.md](experiments.md).", ""]
     return "\n".join(lines)
 
 
@@ -306,10 +310,18 @@ def _accuracy(cell: Cell) -> str:
     return text + (f" ({', '.join(notes)})" if notes else "")
 
 
+#: mark of a learning rate
+BY_HAND = "†"
+
+
+def _rates(cell: Cell) -> str:
+    return ", ".join(f"{rate:g}" for rate in cell.rates) + (f" {BY_HAND}" if cell.by_hand else "")
+
+
 #: tables of section 4.4 and 4.5: title, and what a cell says
 TABLES: tuple[tuple[str, Callable[[Cell], str]], ...] = (
     ("Test accuracy in percent, mean and standard deviation over the seeds", _accuracy),
-    ("Learning rate", lambda cell: ", ".join(f"{rate:g}" for rate in cell.rates)),
+    ("Learning rate", _rates),
     ("Epochs until the run ended, by seed", lambda cell: ", ".join(map(str, cell.epochs))),
 )
 

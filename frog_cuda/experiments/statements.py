@@ -6,7 +6,7 @@ Each check compares pairs of results, such as those of 2 and of 4 tangents, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .descent import FUNCTIONS
 from .findings import Findings, Model
@@ -35,18 +35,19 @@ class Check:
         held, cases: pairs in which the statement is true, and all pairs.
         figures: the figures behind it, in a sentence.
         but: the pairs in which it is not true.
+        caveat: in what else the results differ that are compared, in sentences.
     """
 
     held: int
     cases: int
     figures: str
     but: tuple[str, ...] = ()
+    caveat: str = ""
 
     @property
     def verdict(self) -> str:
-        if self.held == self.cases:
-            return "holds"
-        return f"holds in {self.held} of {self.cases}" if self.held else "does not hold"
+        told = "holds" if self.held == self.cases else f"holds in {self.held} of {self.cases}" if self.held else "does not hold"
+        return f"{told}, not like for like" if self.caveat else told
 
 
 @dataclass(frozen=True)
@@ -353,7 +354,29 @@ def _wider_is_harder(findings: Findings) -> Check | None:
         pairs += [(f"k = {k}, {a} and {b}", high > low) for (a, low), (b, high) in zip(gaps, gaps[1:])]
         if len(gaps) > 1:
             examples.append(f"{', '.join(f'{gap:.1f}' for _, gap in gaps)} at k = {k}")
-    return _count(pairs, f"Points above backprop with rising width: {'; '.join(examples)}.")
+    check = _count(pairs, f"Points above backprop with rising width: {'; '.join(examples)}.")
+    return None if check is None else replace(check, caveat=_not_alike(_models(findings, SMALL)))
+
+
+def _not_alike(models: Sequence[Model]) -> str:
+    """What else than the width differs between networks whose gaps to backprop are compared; empty: nothing that is known."""
+    told, limits, shares = [], set(), set()
+    for model in models:
+        estimates = [cell for k in (1, 2, 4, 16) if (cell := model.cell("orthogonal", k)) is not None]
+        cells = [*estimates, *([model.cells["bp"]] if "bp" in model.cells else [])]
+        if not cells:
+            continue
+        most = sorted({run["settings"]["epochs"] for cell in cells for run in cell.runs})
+        by_hand, runs = sum(cell.by_hand for cell in cells), sum(len(cell.runs) for cell in estimates)
+        limits.add(tuple(most))
+        shares.add(by_hand > 0)
+        told.append(
+            f"{model.name}, at most {' or '.join(map(str, most))} epochs, which cut off {sum(c.cut_off for c in estimates)} of "
+            f"{runs} runs without backprop, and {by_hand} of {len(cells)} learning rates set by hand"
+        )
+    if len(limits) < 2 and len(shares) < 2:
+        return ""
+    return f"The networks were not trained alike: {'; '.join(told)}. A part of the differences may come from that."
 
 
 def _gap_remains(findings: Findings) -> Check | None:

@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Kernels that several files of tests will run on the host are compiled while earlier tests run."""
-    stems = {item.path.stem.removeprefix("test_cuda_") for item in session.items if item.path.stem.startswith("test_cuda_")}
+    here = [item.path.stem for item in session.items if item.get_closest_marker("cuda") is None]
+    stems = {stem.removeprefix("test_cuda_") for stem in here if stem.startswith("test_cuda_")}
     first = getattr(session.config, "workerinput", {"workerid": "gw0"})["workerid"] == "gw0"
     if first and len(stems) > 1 and not session.config.option.collectonly:
         from cuda_on_cpu.client import build_ahead

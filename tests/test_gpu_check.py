@@ -19,7 +19,7 @@ _PYTHON = """#!/bin/sh
 case "$*" in
 "-c import torch"*) echo 9.0; exit ;;
 "setup.py"*) what="build $TORCH_CUDA_ARCH_LIST $FROG_CUDA_BUILD" ;;
-"-m pytest"*) what=test ;;
+"-m pytest"*) what=test; echo "$*" >>"$LOG.pytest" ;;
 "benchmarks/gpu.py"*) what=bench ;;
 esac
 echo "$what" >>"$LOG"
@@ -52,6 +52,14 @@ def test_all_stages(tmp_path):
     stages = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
     assert {name: s["status"] for name, s in stages.items()} == dict.fromkeys(["build", "test", "sanitize", "bench"], "passed")
     assert [line.split()[0] for line in run.stdout.splitlines()[-5:]] == ["stage", "build", "test", "sanitize", "bench"]
+
+
+def test_only_files_that_have_tests_for_a_gpu_are_imported(tmp_path):
+    check(tmp_path, "--only", "test")
+    (chosen,) = (set(a for a in line.split() if a.startswith("tests")) for line in (tmp_path / "log.pytest").open())
+    mark = "pytest.mark." + "cuda"  # in two parts, so that this file is none of them
+    assert chosen == {f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py") if mark in p.read_text()}
+    assert "tests/test_on_gpu.py" in chosen and "tests/test_lr_search.py" not in chosen
 
 
 @pytest.mark.parametrize("stage", ["build", "test", "bench"])

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import optuna
 import pytest
 
 from frog_cuda.__main__ import main
@@ -19,6 +18,8 @@ from frog_cuda.experiments import UsageError, datasets, lr_search
 from frog_cuda.experiments.datasets import Images, Part
 from frog_cuda.experiments.lr_search import Abort, Search, Training, best_rate, finished, highest, search, twice_the_best
 from frog_cuda.experiments.trainer import Settings, Trainer
+
+optuna = pytest.importorskip("optuna")
 
 SETTINGS = Settings(lr=1.0, sizes={"width": 16}, gradient="bp", epochs=4)
 TRAINING = Training((SETTINGS,))

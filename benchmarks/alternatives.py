@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -196,6 +197,8 @@ class _Jax(Method):
         super().__init__(problem, k)
         if not problem.name.startswith("fc"):
             raise Unsuitable("written in JAX for the fully-connected nets only")
+        # By default JAX takes three quarters of a GPU's memory when it starts, and PyTorch's models need it.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             import jax
         except ImportError as error:

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+from problems import Problem  # noqa: E402
+
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 
 # Stands for the interpreter with torch: writes down what it is asked for; what $FAIL names fails.
@@ -89,3 +93,39 @@ def test_the_benchmark_runs(tmp_path):
     errors = [row["gradient_error"] for row in result["gradients"] if "gradient_error" in row]
     assert len(errors) == 3 * 2 * 4 and max(errors) < 0.2
     assert "attention k=4" in run.stdout
+
+
+def test_every_model_is_measured_before_what_nobody_aims_at():
+    plans = [(name, kind.name, k) for name, kind, k in gpu.plans(gpu.NETS, gpu.KS, gpu=True, compiles=True)]
+    assert len(set(plans)) == len(plans)
+    ends = 14 * len(gpu.NETS)  # two kinds of backprop, and two methods with and without a graph for three k
+    assert {name for name, _, _ in plans[:ends]} == set(gpu.NETS)
+    methods = {method.removesuffix(", CUDA graph") for _, method, _ in plans[:ends]}
+    assert methods == {"backprop", "activity", "activity, bf16 tangents"}
+    after = [method for _, method, _ in plans[ends:]]
+    jax = [method.startswith("JAX") for method in after]
+    assert any(jax) and all(jax[jax.index(True) :]) and "torch.compile, backprop" in after
+
+
+def test_a_gradient_far_from_backprop_keeps_its_time_and_is_marked(monkeypatch):
+    errors = iter([0.3, float("nan"), 0.1, 0.4, float("nan"), 0.1])
+    monkeypatch.setattr(gpu.cases.ForwardGradient, "_error", lambda method: next(errors))
+    machine, problem = gpu.Machine("cpu", tiny=True), Problem("tiny-gpt")
+    row = gpu.gradient(machine, problem, gpu.cases.Activity, 1)
+    assert row["seconds"] > 0 and row["gradient_error"] == 0.3 and row["wrong"] == "relative error 0.3, bound 0.2"
+    row |= {"model": "tiny-gpt", "method": "activity", "k": 1, "ratio": None}
+    assert "wrong: relative error 0.3" in gpu._cells(row, "")
+    assert gpu.gradient(machine, problem, gpu.cases.Activity, 1)["gradient_error"] == 0.4
+    assert "wrong" not in gpu.gradient(machine, problem, gpu.cases.Backprop, 0)
+    assert next(errors, None) is None
+
+
+def test_an_interrupted_benchmark_prints_what_it_has(tmp_path, monkeypatch, capsys):
+    def interrupted(machine):
+        yield {"operator": "gelu", "rate": None, "ceiling": "copy", "error": "too slow"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "operators", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)])
+    assert "failed: too slow" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 # Builds, tests, sanitizes and measures frog_cuda on a machine with a GPU: a CUDA build of torch, nvcc and ninja, no network.
 #
 #   scripts/gpu_check.sh                    all stages
-#   scripts/gpu_check.sh --only build,test  some of them, in that order: build, test, sanitize, bench
+#   scripts/gpu_check.sh --only build,test  some of them, in that order: build, test, memcheck, racecheck, bench
 #
 # Writes into $OUT (default benchmarks/results): gpu-check.json with the stages, gpu-<name of the GPU>.json with the figures,
 # and a log of each stage. The last thing printed is one table. A stage that fails does not keep the next from running, and
@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
-stages=build,test,sanitize,bench
+stages=build,test,memcheck,racecheck,bench
 while [ $# -gt 0 ]; do
   case "$1" in
   --only)
@@ -20,16 +20,16 @@ while [ $# -gt 0 ]; do
     shift 2
     ;;
   *)
-    echo "gpu_check: unknown argument $1; accepted is --only build,test,sanitize,bench" >&2
+    echo "gpu_check: unknown argument $1; accepted is --only build,test,memcheck,racecheck,bench" >&2
     exit 2
     ;;
   esac
 done
 for name in ${stages//,/ }; do
   case "$name" in
-  build | test | sanitize | bench) ;;
+  build | test | memcheck | racecheck | bench) ;;
   *)
-    echo "gpu_check: unknown stage $name; accepted are build, test, sanitize, bench" >&2
+    echo "gpu_check: unknown stage $name; accepted are build, test, memcheck, racecheck, bench" >&2
     exit 2
     ;;
   esac
@@ -48,40 +48,55 @@ build() { # for this GPU alone: minutes less than for every architecture
 run_tests() {
   local files
   mapfile -t files < <(grep -l 'mark\.cuda' tests/test_*.py)
-  "$PYTHON" -m pytest -q -rfE -m cuda -p no:cacheprovider --tb=short "${files[@]}"
+  FROG_CUDA_NEEDS_GPU=1 "$PYTHON" -m pytest -q -rfE -m cuda -p no:cacheprovider --tb=short "${files[@]}"
 }
 
-# Each operator once on the device; racecheck is slow, so it sees the operators that share memory between threads.
-sanitize() {
+# Each operator on small tensors in float32 and bfloat16; and what those do not reach: the tiles of linear layers for few and
+# many rows, tensor-core attention over several blocks of keys. --report-api-errors no: libraries try calls that may fail.
+sanitized() { # tool
   command -v compute-sanitizer >/dev/null || {
     echo "compute-sanitizer is not on PATH"
     return 1
   }
-  local chosen="test_equals_cpu and float32"
-  compute-sanitizer --tool memcheck --error-exitcode 9 --print-limit 5 \
-    "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider --tb=short tests/test_on_gpu.py -k "$chosen" || return
-  compute-sanitizer --tool racecheck --error-exitcode 9 --print-limit 5 \
-    "$PYTHON" -m pytest -q -m cuda -p no:cacheprovider --tb=short tests/test_on_gpu.py \
-    -k "$chosen and (gram or cholesky or linear_jvp or softmax or attention or normalization)"
+  local dtypes="(float32 or bfloat16)" chosen
+  chosen="test_equals_cpu and $dtypes or test_layers_of_every_size and $dtypes"
+  chosen+=" or test_on_a_gpu and bfloat16 and 260 and not False"
+  FROG_CUDA_NEEDS_GPU=1 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 5 --report-api-errors no \
+    "$PYTHON" -m pytest -q -rfE -m cuda -p no:cacheprovider --tb=short \
+    tests/test_on_gpu.py tests/test_cuda_linear.py tests/test_cuda_attention.py \
+    -k "$chosen"
 }
 
-bench() {
-  "$PYTHON" benchmarks/gpu.py --out "$OUT"
+# PyTorch would take memory in pieces of megabytes, and an access past the end of a tensor would lie in the same piece.
+memcheck() { PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitized memcheck; }
+
+racecheck() { sanitized racecheck; }
+
+bench() { # what it has begun by then ends within the limit
+  "$PYTHON" benchmarks/gpu.py --seconds 85 --out "$OUT"
 }
 
-declare -A status seconds limit=([build]=150 [test]=120 [sanitize]=150 [bench]=120)
+declare -A status seconds limit=([build]=180 [test]=130 [memcheck]=60 [racecheck]=60 [bench]=110)
 failed=0
 export OUT PYTHON
-export -f build run_tests sanitize bench
+export -f build run_tests sanitized memcheck racecheck bench
+# At its limit a stage is interrupted, so that pytest and the benchmark print what they have; what hangs is killed after that.
+# A script in the background would ignore interrupts, and its children with it, were it not for env.
+limited=(timeout -s INT -k 10)
+env --default-signal=INT true 2>/dev/null && limited=(env --default-signal=INT "${limited[@]}")
 for name in ${stages//,/ }; do
   echo "== $name"
   body=$name
   [ "$name" = test ] && body=run_tests
   start=$SECONDS
-  timeout "${limit[$name]}" bash -c "set -uo pipefail; $body" 2>&1 | tee "$OUT/gpu-check-$name.log"
+  "${limited[@]}" "${limit[$name]}" bash -c "set -uo pipefail; $body" 2>&1 | tee "$OUT/gpu-check-$name.log"
   code=${PIPESTATUS[0]}
   seconds[$name]=$((SECONDS - start))
-  if [ "$code" -eq 0 ]; then status[$name]=passed; elif [ "$code" -eq 124 ]; then status[$name]="over its limit"; else status[$name]=failed; fi
+  case "$code" in
+  0) status[$name]=passed ;;
+  124 | 137) status[$name]="over its limit" ;;
+  *) status[$name]=failed ;;
+  esac
   [ "$code" -eq 0 ] || failed=1
 done
 

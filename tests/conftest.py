@@ -22,9 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``cuda`` run where there is a GPU and frog_cuda has kernels for it."""
+    """Tests marked ``cuda`` run where there is a GPU; FROG_CUDA_NEEDS_GPU=1 makes it an error that there is none."""
     if torch.cuda.is_available():
         return
+    if os.environ.get("FROG_CUDA_NEEDS_GPU") == "1":
+        raise pytest.UsageError("FROG_CUDA_NEEDS_GPU is 1, but PyTorch finds no GPU")
     skip = pytest.mark.skip(reason="needs a GPU")
     for item in items:
         if item.get_closest_marker("cuda") is not None:

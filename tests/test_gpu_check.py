@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from operator_samples import schemas
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -23,15 +24,21 @@ _PYTHON = """#!/bin/sh
 case "$*" in
 "-c import torch"*) echo 9.0; exit ;;
 "setup.py"*) what="build $TORCH_CUDA_ARCH_LIST $FROG_CUDA_BUILD" ;;
-"-m pytest"*) what=test; echo "$*" >>"$LOG.pytest" ;;
+"-m pytest"*) what=test; (IFS="	"; echo "$*") >>"$LOG.pytest" ;;
 "benchmarks/gpu.py"*) what=bench ;;
 esac
 echo "$what" >>"$LOG"
+[ "$FAIL" = "slow $what" ] && { trap "echo interrupted; exit 1" INT; while :; do sleep 0.1; done; }
 case "$what" in "$FAIL"*) exit 3 ;; esac
 """
 
 
-def check(folder: Path, *arguments: str, fail: str = "nothing") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+STAGES = ["build", "test", "memcheck", "racecheck", "bench"]
+
+
+def check(
+    folder: Path, *arguments: str, fail: str = "nothing", script: Path = SCRIPT
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     for name, text in (
         ("python", _PYTHON),
         ("compute-sanitizer", '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do shift 2; done\n"$@"\n'),
@@ -42,7 +49,7 @@ def check(folder: Path, *arguments: str, fail: str = "nothing") -> tuple[subproc
     log.write_text("")
     environment = os.environ | {"PYTHON": str(folder / "python"), "OUT": str(folder / "out"), "LOG": str(log), "FAIL": fail}
     environment["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    run = subprocess.run([str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
+    run = subprocess.run([str(script), *arguments], env=environment, capture_output=True, text=True)
     return run, log.read_text().splitlines()
 
 
@@ -54,16 +61,47 @@ def test_all_stages(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert did == ["build 9.0 cuda", "test", "test", "test", "bench"]
     stages = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
-    assert {name: s["status"] for name, s in stages.items()} == dict.fromkeys(["build", "test", "sanitize", "bench"], "passed")
-    assert [line.split()[0] for line in run.stdout.splitlines()[-5:]] == ["stage", "build", "test", "sanitize", "bench"]
+    assert {name: s["status"] for name, s in stages.items()} == dict.fromkeys(STAGES, "passed")
+    assert [line.split()[0] for line in run.stdout.splitlines()[-6:]] == ["stage", *STAGES]
 
 
 def test_only_files_that_have_tests_for_a_gpu_are_imported(tmp_path):
     check(tmp_path, "--only", "test")
-    (chosen,) = (set(a for a in line.split() if a.startswith("tests")) for line in (tmp_path / "log.pytest").open())
+    (line,) = (tmp_path / "log.pytest").read_text().splitlines()
+    chosen = {argument for argument in line.split("\t") if argument.startswith("tests")}
     mark = "pytest.mark." + "cuda"  # in two parts, so that this file is none of them
     assert chosen == {f"tests/{p.name}" for p in (ROOT / "tests").glob("test_*.py") if mark in p.read_text()}
     assert "tests/test_on_gpu.py" in chosen and "tests/test_lr_search.py" not in chosen
+
+
+@pytest.mark.parametrize("stage", ["memcheck", "racecheck"])
+def test_what_is_sanitized(tmp_path, stage):
+    """Every operator in 32 and 16 bits, every tile of a linear layer, attention over several blocks of keys."""
+    check(tmp_path, "--only", stage)
+    (line,) = (tmp_path / "log.pytest").read_text().splitlines()
+    command = [sys.executable, *line.split("\t"), "--collect-only"]
+    environment = os.environ | {"FROG_CUDA_NEEDS_GPU": "0"}
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in schemas():
+        for dtype in ("float32", "bfloat16"):
+            assert f"tests/test_on_gpu.py::test_equals_cpu[{name}-{dtype}]" in found
+    attention = [line for line in found if "test_cuda_attention.py" in line]
+    assert attention == [
+        "tests/test_cuda_attention.py::test_on_a_gpu[torch.bfloat16-(True, True, True)-(1, 4, 2, 300, 260, 64, 64, 3)]"
+    ]
+    linear = {line.partition("[")[2] for line in found if "test_cuda_linear.py" in line}
+    assert linear == {f"{dtype}-{d}]" for dtype in ("float32", "bfloat16") for d in ("normal", "rademacher")}
+    assert not any("float64" in line or "float16" in line.replace("bfloat16", "") for line in found)
+
+
+@pytest.mark.skipif(gpu.torch.cuda.is_available(), reason="there is a GPU")
+def test_tests_that_all_want_a_gpu_are_no_success_without_one():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_on_gpu_lookup.py"]
+    for needed, code in (("0", pytest.ExitCode.OK), ("1", pytest.ExitCode.USAGE_ERROR)):
+        environment = os.environ | {"FROG_CUDA_NEEDS_GPU": needed}
+        run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert run.returncode == code, run.stdout
+    assert "PyTorch finds no GPU" in run.stderr + run.stdout
 
 
 @pytest.mark.parametrize("stage", ["build", "test", "bench"])
@@ -74,9 +112,25 @@ def test_no_stage_hides_the_failure_of_another(tmp_path, stage):
     assert [name for name, s in stages.items() if s["status"] == "failed"] == [stage]
 
 
+def test_a_stage_over_its_limit_is_interrupted_and_named(tmp_path):
+    """What it prints then is kept."""
+    script = SCRIPT.read_text()
+    assert "[bench]=110" in script
+    quick = tmp_path / "scripts" / "gpu_check.sh"
+    quick.parent.mkdir()
+    quick.write_text(script.replace("[bench]=110", "[bench]=1"))
+    quick.chmod(0o755)
+    run, did = check(tmp_path, "--only", "bench,build", fail="slow bench", script=quick)
+    assert run.returncode == 1 and did == ["bench", "build 9.0 cuda"]
+    stages = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
+    assert stages["bench"]["status"] == "over its limit" and stages["build"]["status"] == "passed"
+    assert "interrupted" in (tmp_path / "out" / "gpu-check-bench.log").read_text()
+
+
 def test_unknown_arguments_are_named(tmp_path):
     run, did = check(tmp_path, "--only", "build,tset")
-    assert run.returncode == 2 and not did and "unknown stage tset; accepted are build, test, sanitize, bench" in run.stderr
+    assert run.returncode == 2 and not did
+    assert f"unknown stage tset; accepted are {', '.join(STAGES)}" in run.stderr
     assert check(tmp_path, "--quick")[0].returncode == 2
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import frog_cuda as frog
-from frog_cuda import ops, reference
+from frog_cuda import float8, ops, reference
 
 pytestmark = pytest.mark.cuda
 
@@ -189,3 +189,35 @@ def test_attention_runs_on_every_length():
         expected = ops.attention_jvp(q, dq, q, dq, q, dq, is_causal=True)
         for a, b in zip(out, expected, strict=True):
             assert relative_error(a.cpu(), b) <= 2e-10
+
+
+@pytest.mark.parametrize("shape, outputs", [((1, 1, 16), 16), ((3, 7, 5, 48), 32), ((4, 300, 784), 1024)], ids=str)
+def test_products_in_float8(shape, outputs):
+    """Against exact sums of the rounded numbers; PyTorch's sums on a GPU keep fewer bits than float32 has."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
+    g = torch.Generator().manual_seed(0)
+    dx, w = torch.randn(shape, generator=g).bfloat16().cuda(), torch.randn(outputs, shape[-1], generator=g).cuda()
+    (a, a_scale), (b, b_scale) = float8._rounded(dx), float8._rounded(w)
+    exact = (a.double() @ b.double().T) * (a_scale.double() * b_scale.double())
+    assert relative_error(float8.product(dx, w).cpu(), exact.cpu()) <= 2**-7
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = float8.product(dx, w)
+    graph.replay()
+    assert torch.equal(captured, float8.product(dx, w))
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+def test_tangents_in_float8(perturb):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9")
+    derivatives = []
+    for dtype in (None, torch.float8_e4m3fn):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 16)).cuda()
+        fg = frog.ForwardGradient(model, nn.CrossEntropyLoss(), k=4, perturb=perturb, tangent_dtype=dtype)
+        fg(torch.randn(20, 32, generator=torch.Generator().manual_seed(1)).cuda(), (torch.arange(20) % 16).cuda())
+        derivatives.append(fg.last.directional_derivatives.double())
+    exact, found = derivatives
+    assert 0 < (found - exact).norm() / exact.norm() < 2**-3

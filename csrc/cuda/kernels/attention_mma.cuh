@@ -30,24 +30,37 @@ inline size_t attention_mma_bytes(int warps, int depth, int keys, int width) {
   return 2 * (queries + 2 * static_cast<size_t>(keys) * (matrix_pitch(depth) + matrix_pitch(width)));
 }
 
-// rows_in_shared x columns_in_shared elements (a multiple of 8) from `from`, zeros where there are none.
+// rows_in_shared x columns_in_shared elements (a multiple of 8) from `from`, zeros where there are none. Eight threads
+// take 64 columns of a row.
 template <class E>
 __device__ __forceinline__ void load_matrix(E* shared, int rows_in_shared, int columns_in_shared, const E* from,
                                             int64_t stride, int rows, int columns, bool packs) {
   static_assert(kPack<E> == 8);
   const int t = static_cast<int>(threadIdx.x), pitch = matrix_pitch(columns_in_shared);
-  for (int r = t / 8; r < rows_in_shared; r += static_cast<int>(blockDim.x) / 8) {
-    for (int c = t % 8 * 8; c < columns_in_shared; c += 64) {
-      E* const to = shared + r * pitch + c;
-      const E* const source = from + r * stride + c;
-      if (packs && (r >= rows || c >= columns || c + 8 <= columns)) {
-        const bool inside = r < rows && c < columns;
-        copy_async16(to, inside ? source : from, inside);
-      } else {
-        Pack<E, 8> pack;
-        for (int j = 0; j < 8; ++j) pack.at[j] = r < rows && c + j < columns ? source[j] : E{};
-        *reinterpret_cast<Pack<E, 8>*>(to) = pack;
+  const int row0 = t / 8, column0 = t % 8 * 8, apart = static_cast<int>(blockDim.x) / 8;
+  const E* source = from + row0 * stride + column0;
+  E* to = shared + row0 * pitch + column0;
+  // Whole pieces of 16 bytes, walked with a few additions each: what bounds a block of keys is the instructions that
+  // its warps issue, and loops that are unrolled find every address anew.
+  if (packs && columns % 8 == 0) {
+    const int64_t source_apart = apart * stride;
+#pragma unroll 1
+    for (int r = row0; r < rows_in_shared; r += apart, source += source_apart, to += apart * pitch) {
+#pragma unroll 1
+      for (int c = 0; c + column0 < columns_in_shared; c += 64) {
+        const bool inside = r < rows && c + column0 < columns;
+        copy_async16(to + c, inside ? source + c : from, inside);
       }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int r = row0; r < rows_in_shared; r += apart, source += apart * stride, to += apart * pitch) {
+#pragma unroll 1
+    for (int c = 0; c + column0 < columns_in_shared; c += 64) {
+      Pack<E, 8> pack;
+      for (int j = 0; j < 8; ++j) pack.at[j] = r < rows && c + column0 + j < columns ? source[c + j] : E{};
+      *reinterpret_cast<Pack<E, 8>*>(to + c) = pack;
     }
   }
 }

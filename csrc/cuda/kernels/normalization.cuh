@@ -56,7 +56,11 @@ struct NormalizationJob {
     if (kPacked && factors == Factors::kEach) {
       const Pack<C, kPack<C>>* from = reinterpret_cast<const Pack<C, kPack<C>>*>(values + place[0]);
 #pragma unroll
-      for (int j = 0; j < N; ++j) out[j] = from[j / kPack<C>].at[j % kPack<C>];
+      for (int c = 0; c < N / kPack<C>; ++c) {
+        const Pack<C, kPack<C>> pack = from[c];  // whole: of one element at a time nvcc makes a read for each
+#pragma unroll
+        for (int j = 0; j < kPack<C>; ++j) out[c * kPack<C> + j] = pack.at[j];
+      }
     } else {
 #pragma unroll
       for (int j = 0; j < N; ++j) out[j] = values[place[kPacked ? 0 : j]];

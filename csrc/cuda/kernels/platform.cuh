@@ -36,9 +36,13 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
             Arguments&&... arguments) {
   if (shared > 48 * 1024) {  // more must be asked for, kernel by kernel
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared)),
+    const void* const which = reinterpret_cast<const void*>(kernel);
+    check_cuda(cudaFuncSetAttribute(which, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
                "shared memory of a kernel");
+    // All that a multiprocessor has, so that as many blocks fit as a kernel's launch bounds count on.
+    check_cuda(
+        cudaFuncSetAttribute(which, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "shared memory of a multiprocessor");
   }
   kernel<<<grid, block, shared, stream>>>(static_cast<Parameters>(std::forward<Arguments>(arguments))...);
   check_cuda(cudaGetLastError(), "launch of a kernel");

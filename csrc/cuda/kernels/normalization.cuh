@@ -260,14 +260,12 @@ __global__ void __launch_bounds__(kRowThreads) normalization_long_kernel(Normali
   // sum of f(x) over the group: N at a time in C, these in double
   const auto sum_of = [&](const auto& f) {
     double total[1] = {0};
-    for (int64_t from = 0; from < n; from += share) {
-      const Slots<kPacked> s = row_slots<N, kPacked>(row, group, from);
-      const Values<X, N> in = read<N>(job.x, s, address);
+    for_each_share<N, kPacked>(job.x, row, group, address, n, [&](const Slots<kPacked>& s, const Values<X, N>& in) {
       C part = 0;
 #pragma unroll
       for (int j = 0; j < N; ++j) part += s.holds(j) ? f(widen(in.at(j))) : C(0);
       total[0] += static_cast<double>(part);
-    }
+    });
     group.sum(total);
     return total[0];
   };
@@ -284,16 +282,17 @@ __global__ void __launch_bounds__(kRowThreads) normalization_long_kernel(Normali
     var = sum_of([centre](C x) { return (x - centre) * (x - centre); }) / count;
   }
   const Normalized<C> of = finish_statistics(job, row, group, mean, var);
-  const auto read_hat = [&](const Slots<kPacked>& s, C(&hat)[N]) {
-    const Values<X, N> in = read<N>(job.x, s, address);
+  const auto hat_of = [&](const Slots<kPacked>& s, const Values<X, N>& in, C(&hat)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j) hat[j] = s.holds(j) ? (widen(in.at(j)) - of.mean) * of.r : C(0);
   };
-  for (int64_t from = 0; blockIdx.y == 0 && from < n; from += share) {
-    const Slots<kPacked> s = row_slots<N, kPacked>(row, group, from);
-    C hat[N];
-    read_hat(s, hat);
-    write<N>(job.y, s, address, primal_of(job, of, s, hat));
+  const auto read_hat = [&](const Slots<kPacked>& s, C(&hat)[N]) { hat_of(s, read<N>(job.x, s, address), hat); };
+  if (blockIdx.y == 0) {
+    for_each_share<N, kPacked>(job.x, row, group, address, n, [&](const Slots<kPacked>& s, const Values<X, N>& in) {
+      C hat[N];
+      hat_of(s, in, hat);
+      write<N>(job.y, s, address, primal_of(job, of, s, hat));
+    });
   }
 
   for (int64_t i = first; i < last; i += kTogether) {

@@ -125,6 +125,24 @@ __device__ __forceinline__ Slots<kPacked> row_slots(const OwnRow& row, const Gro
   return kPacked ? Slots<kPacked>{from + g.lane * N, row.n, 1} : Slots<kPacked>{from + g.lane, row.n, g.lanes};
 }
 
+/// Calls body(slots, values) for the thread's shares of a long row x, one after the other. Several are read before the
+/// first is used: what one read of each thread keeps under way does not cover the time that memory takes.
+template <int N, bool kPacked, class X, class Address, class Body>
+__device__ __forceinline__ void for_each_share(const X* x, const OwnRow& row, const Group& group,
+                                               const Address& address, int64_t n, const Body& body) {
+  constexpr int kAhead = 4;
+  const int64_t share = int64_t{group.lanes} * N;
+  for (int64_t from = 0; from < n; from += kAhead * share) {
+    Values<X, N> in[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      in[a] = read<N>(x, row_slots<N, kPacked>(row, group, from + a * share), address);
+    }
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) body(row_slots<N, kPacked>(row, group, from + a * share), in[a]);
+  }
+}
+
 /// Largest element of a long row and the sum of exp(x - largest).
 template <int N, bool kPacked, class X, class Address>
 __device__ __forceinline__ void softmax_statistics(const X* x, const OwnRow& row, const Group& group,
@@ -132,24 +150,20 @@ __device__ __forceinline__ void softmax_statistics(const X* x, const OwnRow& row
                                                    typename Compute<X>::type* largest, double* sum) {
   using C = typename Compute<X>::type;
   C top = C(-INFINITY);
-  for (int64_t from = 0; from < n; from += group.lanes * N) {
-    const Slots<kPacked> s = row_slots<N, kPacked>(row, group, from);
-    const Values<X, N> in = read<N>(x, s, address);
+  for_each_share<N, kPacked>(x, row, group, address, n, [&](const Slots<kPacked>& s, const Values<X, N>& in) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       if (s.holds(j)) top = fmax(top, widen(in.at(j)));
     }
-  }
+  });
   *largest = top = group.max(top);
   double total[1] = {0};
-  for (int64_t from = 0; from < n; from += group.lanes * N) {
-    const Slots<kPacked> s = row_slots<N, kPacked>(row, group, from);
-    const Values<X, N> in = read<N>(x, s, address);
+  for_each_share<N, kPacked>(x, row, group, address, n, [&](const Slots<kPacked>& s, const Values<X, N>& in) {
     C part = 0;
 #pragma unroll
     for (int j = 0; j < N; ++j) part += s.holds(j) ? exp(widen(in.at(j)) - top) : C(0);
     total[0] += static_cast<double>(part);
-  }
+  });
   group.sum(total);
   *sum = total[0];
 }

@@ -115,15 +115,16 @@ __global__ void __launch_bounds__(kRowThreads) softmax_long_kernel(SoftmaxJob<X,
   double sum;
   softmax_statistics<N, kPacked>(job.x, row, group, address, n, &top, &sum);
   const C lower = log(static_cast<C>(sum)), factor = C(1) / static_cast<C>(sum);
-  for (int64_t from = 0; blockIdx.y == 0 && from < n; from += share) {
-    const Slots<kPacked> s = row_slots<N, kPacked>(row, group, from);
-    Values<X, N> v = read<N>(job.x, s, address);
+  if (blockIdx.y == 0) {
+    for_each_share<N, kPacked>(job.x, row, group, address, n, [&](const Slots<kPacked>& s, const Values<X, N>& in) {
+      Values<X, N> y;
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const C low = widen(v.at(j)) - top;
-      v.at(j) = narrow<X>(job.log ? low - lower : exp(low) * factor);
-    }
-    write<N>(job.y, s, address, v);
+      for (int j = 0; j < N; ++j) {
+        const C low = widen(in.at(j)) - top;
+        y.at(j) = narrow<X>(job.log ? low - lower : exp(low) * factor);
+      }
+      write<N>(job.y, s, address, y);
+    });
   }
   for (int64_t i = first; i < last; i += kTogether) {
     double dots[kTogether] = {};

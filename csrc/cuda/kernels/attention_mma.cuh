@@ -25,6 +25,12 @@ constexpr int kFragmentRows = 16;  // of a warp
 /// Elements from row to row in shared memory: an odd multiple of 16 bytes, so that 8 rows of a matrix do not collide.
 __host__ __device__ constexpr int matrix_pitch(int columns) { return columns + 8; }
 
+/// Columns of Q and K with the zeros that fill the last step.
+template <class E>
+int mma_depth(const AttentionProblem<E, E>& p) {
+  return static_cast<int>(ceil_div(p.depth, 16) * 16);
+}
+
 inline size_t attention_mma_bytes(int warps, int depth, int keys, int width) {
   const size_t queries = 2 * warps * kFragmentRows * matrix_pitch(depth);
   return 2 * (queries + 2 * static_cast<size_t>(keys) * (matrix_pitch(depth) + matrix_pitch(width)));
@@ -106,14 +112,16 @@ __device__ __forceinline__ void write_row(E* to, int columns, bool pairs, const 
 }
 
 // grid (B * H * blocks of queries, groups of tangents, blocks of kWidth columns); a multiple of 32 threads, 16 queries
-// for each warp; `depth` is p.depth, rounded up to 16. kFull: query, key and value are all perturbed and width is a
-// multiple of kWidth, which leaves the products without a branch, so that reads of fragments move ahead of them.
-template <class E, int kKeys, int kWidth, bool kFull>
+// for each warp; p.depth, rounded up to 16, is kDepth, or `any_depth` where kDepth is 0. kFull: query, key and value
+// are all perturbed and width is a multiple of kWidth, which leaves the products without a branch, so that reads of
+// fragments move ahead of them.
+template <class E, int kKeys, int kWidth, bool kFull, int kDepth>
 __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
-    attention_mma_kernel(const AttentionProblem<E, E> p, int depth, int per_group, bool pairs_out) {
+    attention_mma_kernel(const AttentionProblem<E, E> p, int any_depth, int per_group, bool pairs_out) {
   constexpr int kScoreTiles = kKeys / 8, kOutTiles = kWidth / 8, kWidePitch = matrix_pitch(kWidth);
   constexpr float kLog2e = 1.4426950408889634f;
   FROG_SHARED(E, shared);
+  const int depth = kDepth > 0 ? kDepth : any_depth;
   const int rows = static_cast<int>(blockDim.x) / kWarp * kFragmentRows, pitch = matrix_pitch(depth);
   E* const own_q = shared;  // [rows, pitch]
   E* const own_dq = own_q + rows * pitch;
@@ -195,7 +203,7 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
       uint32_t weight[kKeys / 16][4] = {}, dweight[kKeys / 16][4] = {};  // P and P dS, as A
       if (own) {
         float score[kScoreTiles][4] = {}, dscore[kScoreTiles][4] = {};
-#pragma unroll 1
+#pragma unroll(kDepth > 0 ? 2 : 1)
         for (int d = 0; d < depth; d += 16) {
           uint32_t q[4], dq[4];
           load_matrices(q, own_q + a_offset + d);
@@ -344,9 +352,9 @@ __global__ void __launch_bounds__(kMostAttentionWarps* kWarp)
   }
 }
 
-template <int kKeys, int kWidth, bool kFull, class E>
+template <int kKeys, int kWidth, bool kFull, int kDepth = 0, class E>
 void launch_attention_mma_as(const AttentionProblem<E, E>& p, cudaStream_t stream) {
-  const int depth = static_cast<int>(ceil_div(p.depth, 16) * 16);
+  const int depth = mma_depth(p);
   const int64_t most = shared_memory_of_device();
   // More queries in a block mean fewer reads of K, V and their tangents; few queries need no large block.
   int warps = kMostAttentionWarps;
@@ -357,13 +365,15 @@ void launch_attention_mma_as(const AttentionProblem<E, E>& p, cudaStream_t strea
   const int64_t blocks = p.batch * p.heads * ceil_div(p.queries, warps * kFragmentRows);
   const int64_t tiles = ceil_div(p.width, kWidth), group = attention_group(blocks * tiles, p.k, 1);
   const bool pairs_out = p.width % 2 == 0 && aligned16(p.out) && aligned16(p.dout);
-  launch(attention_mma_kernel<E, kKeys, kWidth, kFull>, dim3(blocks, ceil_div(p.k, group), tiles), dim3(warps * kWarp),
-         attention_mma_bytes(warps, depth, kKeys, kWidth), stream, p, depth, static_cast<int>(group), pairs_out);
+  launch(attention_mma_kernel<E, kKeys, kWidth, kFull, kDepth>, dim3(blocks, ceil_div(p.k, group), tiles),
+         dim3(warps * kWarp), attention_mma_bytes(warps, depth, kKeys, kWidth), stream, p, depth,
+         static_cast<int>(group), pairs_out);
 }
 
 template <int kKeys, int kWidth, class E>
 void launch_attention_mma(const AttentionProblem<E, E>& p, cudaStream_t stream) {
   if (p.dquery.data != nullptr && p.dkey.data != nullptr && p.dvalue.data != nullptr && p.width % kWidth == 0) {
+    if (mma_depth(p) == kWidth) return launch_attention_mma_as<kKeys, kWidth, true, kWidth>(p, stream);
     launch_attention_mma_as<kKeys, kWidth, true>(p, stream);
   } else {
     launch_attention_mma_as<kKeys, kWidth, false>(p, stream);

@@ -131,7 +131,7 @@ Tensor tangents(const LinearArguments& a, const LinearSizes& s, const std::optio
     }
     p.rows = rows, p.in = in_, p.out = out_, p.k = k;
     p.state = in<int64_t>(*a.state), p.first = a.first, p.offset = *a.weight_offset;
-    p.split_columns = split_columns<T>(rows, in_, out_, k, a.distribution);
+    p.split_columns = split_columns<T>(rows, in_, out_, k);
     const int64_t splits = ceil_div(in_, p.split_columns);
     p.finish = finish;
     if (splits > 1) {

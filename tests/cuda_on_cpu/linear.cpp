@@ -28,7 +28,7 @@ void sampled(const T* x, const int64_t* state, const T* dbias, const T* activity
     if (unpacked) p.x = x, p.ld = in, p.width = in;
   }
   p.rows = rows, p.in = in, p.out = out, p.k = k, p.state = state, p.first = first, p.offset = offset;
-  p.split_columns = split ? split : split_columns<T>(rows, in, out, k, distribution);
+  p.split_columns = split ? split : split_columns<T>(rows, in, out, k);
   p.finish = finish;
   const int64_t splits = ceil_div(in, p.split_columns);
   std::vector<C> partials(splits > 1 ? splits * k * rows * out : 0);

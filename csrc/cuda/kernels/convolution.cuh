@@ -360,9 +360,8 @@ template <class T>
 int64_t convolution_split_columns(const SampledConvolution<T>& p, int64_t distribution) {
   if (distribution == kStandardBasis || p.rows() == 0 || p.columns() == 0) return std::max<int64_t>(1, p.columns());
   const int64_t rows = p.rows(), columns = p.columns(), tangents = p.k * p.groups;  // each has blocks of its own
-  // Transposed, signs are drawn word by word, so that the columns of a block need not be those of whole calls.
-  if (p.transposed) return split_columns<T, TransposedTiles<T>>(rows, columns, p.out, tangents, kNormal);
-  return split_columns<T, ConvolutionTiles<T>>(rows, columns, p.out, tangents, distribution);
+  if (p.transposed) return split_columns<T, TransposedTiles<T>>(rows, columns, p.out, tangents);
+  return split_columns<T, ConvolutionTiles<T>>(rows, columns, p.out, tangents);
 }
 
 /// k at most 65535, the largest grid. An empty sum, of no columns, is for the caller.

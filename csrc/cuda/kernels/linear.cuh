@@ -387,18 +387,21 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) sampled_product
 }
 
 /// Columns of a block: all of them where rows, outputs and tangents give enough blocks, else so few that there are
-/// about kEnoughBlocks. The same on every device, so that sums are.
+/// about as many as kMultiprocessors hold at once. The same on every device, so that sums are.
 template <class T, class Shapes = Tiles<T>>
-int64_t split_columns(int64_t rows, int64_t in, int64_t out, int64_t k, int64_t distribution) {
-  constexpr int64_t kEnoughBlocks = 128;
-  const int64_t unit = distribution == kRademacher ? kSignColumns : 4 * kChunk;  // whole calls, and work for each block
+int64_t split_columns(int64_t rows, int64_t in, int64_t out, int64_t k) {
+  constexpr int64_t kMultiprocessors = 128;
+  // Work for each block. Of the signs that are drawn at a time, four times as many, a block then throws some away: they
+  // are a small part of its work, and an idle multiprocessor costs more.
+  constexpr int64_t kUnit = 4 * kChunk;
   using Few = typename Shapes::Few;
   using Many = typename Shapes::Many;
-  const int64_t blocks = k * (rows > kFewRows ? ceil_div(rows, Many::kRows) * ceil_div(out, Many::kColumns)
-                                              : ceil_div(rows, Few::kRows) * ceil_div(out, Few::kColumns));
-  const int64_t splits =
-      std::max<int64_t>(1, std::min(ceil_div(in, unit), kEnoughBlocks / std::max<int64_t>(1, blocks)));
-  return ceil_div(ceil_div(in, splits), unit) * unit;
+  const bool few = rows <= kFewRows;
+  const int64_t blocks = k * (few ? ceil_div(rows, Few::kRows) * ceil_div(out, Few::kColumns)
+                                  : ceil_div(rows, Many::kRows) * ceil_div(out, Many::kColumns));
+  const int64_t enough = kMultiprocessors * (few ? Few::kBlocks : Many::kBlocks);
+  const int64_t splits = std::max<int64_t>(1, std::min(ceil_div(in, kUnit), enough / std::max<int64_t>(1, blocks)));
+  return ceil_div(ceil_div(in, splits), kUnit) * kUnit;
 }
 
 template <class T, int64_t kDistribution, class Tile>

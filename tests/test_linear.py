@@ -468,6 +468,19 @@ def test_bad_input(changes, message):
         ops.linear_jvp(**_with(**changes))
 
 
+@pytest.mark.parametrize("dtype, tangent_dtype", [*((d, d) for d in DTYPES), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("rows", [3, 40])
+def test_without_input_features_tangents_are_what_is_added(rows, dtype, tangent_dtype):
+    for activity, activation in itertools.product((None, "shared"), ("identity", "relu")):
+        given = arguments(2, (rows, 0), 5, dtype, dx=True, activity=activity, tangent_dtype=tangent_dtype)
+        dirty = [torch.full((size,), 7.7) for size in range(1, 300)]
+        del dirty
+        y, dy, _ = ops.linear_jvp(**given, activation=activation)
+        assert torch.equal(y, getattr(torch, activation, torch.clone)(given["bias"]).expand(rows, 5))
+        added = (given["activity"] if activity else torch.zeros(2, 5, dtype=tangent_dtype))[:, None].expand(2, rows, 5)
+        assert torch.equal(dy, torch.where((y > 0) | (activation == "identity"), added, 0))
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="activation is 'swish'; accepted are identity, relu"):
         ops.linear_jvp(**_with(activation="swish"))

@@ -309,15 +309,16 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
   T* y = static_cast<T*>(buffer.mutable_data_ptr());
   T* dy = y + rows * out;
   const T* x = static_cast<const T*>(a.x.const_data_ptr());
-  const T* dx = a.dx ? static_cast<const T*>(a.dx->const_data_ptr()) : nullptr;
-  const int64_t multiplied = dx ? (1 + k) * rows : rows;  // rows of the buffer that a product fills
+  const bool incoming = a.dx.has_value();  // without input features, their data is null although they are given
+  const T* dx = incoming ? static_cast<const T*>(a.dx->const_data_ptr()) : nullptr;
+  const int64_t multiplied = incoming ? (1 + k) * rows : rows;  // rows of the buffer that a product fills
   // With dx, the number of rows tells how many tangents there are, and no bit may depend on that
-  if (dx ? has_tile<T>() : tile_pays<T>(multiplied)) {
+  if (incoming ? has_tile<T>() : tile_pays<T>(multiplied)) {
     const T* w = static_cast<const T*>(a.weight.const_data_ptr());
     std::vector<Rows<T>> pieces{{x, 0, rows}};
-    if (dx == x + rows * in) {
+    if (incoming && dx == x + rows * in) {
       pieces[0].count = multiplied;
-    } else if (dx) {
+    } else if (incoming) {
       pieces.push_back({dx, rows, k * rows});
     }
     product(pieces, in, w, out, y, [&](int64_t row, int64_t count, int64_t o, int64_t n, T* to, int64_t ld) {
@@ -327,7 +328,7 @@ void linear(const Arguments& a, Tensor& buffer, double* gram_out) {
     const Tensor wt = torch::stable::transpose(a.weight, 0, 1);  // [in, out]
     Tensor y_rows = part_of(buffer, 0, {rows, out});
     mm_out(y_rows, a.x, wt);
-    if (dx) {
+    if (incoming) {
       Tensor dy_rows = part_of(buffer, rows * out, {k * rows, out});
       mm_out(dy_rows, torch::stable::view(*a.dx, {k * rows, in}), wt);
     }

@@ -180,6 +180,25 @@ def test_small_images_of_any_number_have_the_same_bits():
         assert torch.equal(some, y[at : at + 4]) and torch.equal(moved, dy[:, at : at + 4])
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_no_channels_make_no_channels_as_in_pytorch(axes):
+    x, w = torch.empty(2, 0, *[5] * axes), torch.empty(4, 0, *[2] * axes)
+    for padding, bias in ((0, None), (1, torch.ones(4))):
+        options = dict(stride=[1] * axes, padding=[padding] * axes, dilation=[1] * axes, output_padding=[0] * axes)
+        y, dy = ops.convolution_jvp(x, torch.empty(3, *x.shape), w, bias, **options)
+        assert y.shape == torch.convolution(x, w, bias, **options, transposed=False, groups=1).shape == (2, 0, *y.shape[2:])
+        assert dy.shape == (3, *y.shape)
+        with pytest.raises(RuntimeError, match="its first axis must be at least 1"):
+            transposed = torch.empty(0, 4, *w.shape[2:])
+            ops.convolution_jvp(x, torch.empty(3, *x.shape), transposed, bias, transposed=True, **options)
+    with pytest.raises(RuntimeError, match="expected .filters, 0, .* with a filter and a channel at least"):
+        ops.narrow_convolution(x, w, stride=[1] * axes, padding=[0] * axes, dilation=[1] * axes)
+    for add, expected in ((True, 7.7), (False, 0.0)):
+        moved = torch.full((3, 2, 4, *[4] * axes), 7.7)
+        how = dict(kernel=[2] * axes, stride=[1] * axes, padding=[0] * axes, dilation=[1] * axes, add=add)
+        assert bool((ops.sampled_convolution_(moved, x, torch.tensor([0, 0]), **how) == expected).all())
+
+
 def test_images_without_places_are_refused_as_by_pytorch():
     x, w = torch.zeros(4, 16, 0, 2), torch.zeros(16, 16, 3, 3)
     with pytest.raises(RuntimeError):

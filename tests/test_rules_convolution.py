@@ -23,6 +23,8 @@ CONVOLUTIONS = {
     "3d": (F.conv3d, (1, 2, 3, 4, 5), (3, 2, 2, 2, 2), {}),
     "transposed": (F.conv_transpose2d, (2, 3, 4, 5), (3, 4, 3, 3), {"stride": 2, "output_padding": 1}),
     "empty": (F.conv2d, (0, 3, 7, 5), (4, 3, 3, 3), {}),
+    "no channels": (F.conv2d, (2, 0, 7, 5), (4, 0, 3, 3), {}),
+    "one place, no channels": (F.conv2d, (2, 0, 3, 3), (4, 0, 3, 3), {}),
     "depthwise": (F.conv2d, (2, 4, 7, 5), (4, 1, 3, 3), {"groups": 4, "padding": 1}),
     "valid": (F.conv1d, (2, 3, 33), (4, 3, 7), {"padding": "valid"}),
     "pointwise": (F.conv2d, (1, 33, 1, 7), (4, 33, 1, 1), {}),

@@ -45,8 +45,9 @@ inline void check_convolution(const char* op, const Tensor& x, const Tensor& dx,
   check_axes(op, "stride", o.stride, axes, 1, true);
   check_axes(op, "padding", o.padding, axes, 0, true);
   check_axes(op, "dilation", o.dilation, axes, 1, true);
-  STD_TORCH_CHECK(o.groups >= 1 && weight.size(0) % o.groups == 0, op, ": groups is ", o.groups,
-                  " and weight has shape ", shape_string(weight), "; its first axis must divide into groups");
+  STD_TORCH_CHECK(o.groups >= 1 && weight.size(0) >= 1 && weight.size(0) % o.groups == 0, op, ": groups is ", o.groups,
+                  " and weight has shape ", shape_string(weight),
+                  "; its first axis must be at least 1 and divide into groups");
   const int64_t channels = o.transposed ? weight.size(0) : weight.size(1) * o.groups;
   STD_TORCH_CHECK(x.size(1) == channels, op, ": x has shape ", shape_string(x), ", expected ", channels,
                   " channels for weight ", shape_string(weight), " and groups ", o.groups);
@@ -151,9 +152,9 @@ inline ConvolutionSizes check_narrow_convolution(const char* op, const Tensor& x
   check_floating(op, "x", x);
   check_dtype(op, "weight", weight, x.scalar_type());
   check_image_axes(op, x);
-  STD_TORCH_CHECK(weight.dim() == x.dim() && weight.size(0) >= 1 && weight.size(1) == x.size(1), op,
+  STD_TORCH_CHECK(weight.dim() == x.dim() && weight.size(0) >= 1 && weight.size(1) == x.size(1) && x.size(1) >= 1, op,
                   ": weight has shape ", shape_string(weight), ", expected (filters, ", x.size(1),
-                  ", *) with a filter at least and as many axes as x");
+                  ", *) with a filter and a channel at least and as many axes as x");
   const std::vector<int64_t> shape = shape_of(weight);
   const std::vector<int64_t> none(stride.size(), 0);
   return convolution_sizes(op, x, shape[0], {shape.begin() + 2, shape.end()},

@@ -42,6 +42,17 @@ Tensor convolve(const Tensor& x, const Tensor& weight, const ConvolutionOptions&
       convolution(x, weight, std::nullopt, o.stride, o.padding, o.dilation, o.transposed, o.output_padding, o.groups));
 }
 
+// Value and tangents of x without channels, of which the library makes a result without channels, too, whatever the
+// weight has.
+std::tuple<Tensor, Tensor> convolve_nothing(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o,
+                                            int64_t k) {
+  const Tensor y = convolve(x, weight, o);
+  std::vector<int64_t> shape = shape_of(y);
+  STD_TORCH_CHECK(y.numel() == 0, kOp, ": a convolution of no channels has shape ", shape_string(y));
+  shape.insert(shape.begin(), k);
+  return {y, new_tensor(x, shape, x.scalar_type())};
+}
+
 // With images of zeros beside too few of them, so that the bits of each do not depend on how many tangents there are.
 Tensor convolve_alike(const Tensor& x, const Tensor& weight, const ConvolutionOptions& o) {
   const int64_t fewest = fewest_images(x, weight, o);
@@ -171,6 +182,11 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
   const Tensor dx = as_contiguous(dx_);
   const Tensor x = as_contiguous(x_);
   const int64_t k = dx.size(0), batch = x.size(0);
+  if (bias) {
+    check_cpu(kOp, "bias", *bias);
+    check_convolution_bias(kOp, *bias, x, transposed ? weight.size(1) * groups : weight.size(0));
+  }
+  if (x.size(1) == 0) return convolve_nothing(x, weight, options, k);
   const std::vector<int64_t> shape = convolved_shape(x, weight, options);
   int64_t numel = 1;
   for (const int64_t size : shape) numel *= size;
@@ -191,6 +207,8 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
     std::vector<int64_t> dy_shape = shape;
     dy_shape.insert(dy_shape.begin(), k);
     const Tensor all = convolve_alike(moved, weight, options);
+    STD_TORCH_CHECK(all.numel() == several * numel, kOp, ": the library's result has shape ", shape_string(all),
+                    ", expected ", several, " times ", shape_string(shape));
     y = neighbours ? part_of(all, 0, shape) : convolve_alike(x, weight, options);
     dy = part_of(all, neighbours ? numel : 0, dy_shape);
   } else {
@@ -202,8 +220,6 @@ std::tuple<Tensor, Tensor> convolution_jvp(const Tensor& x_, const Tensor& dx_, 
                 several * numel);
   }
   if (bias) {
-    check_cpu(kOp, "bias", *bias);
-    check_convolution_bias(kOp, *bias, x, shape[1]);
     const Tensor dense = as_contiguous(*bias);
     dispatch_floating(kOp, x.scalar_type(), [&](auto zero) { add_bias<decltype(zero)>(y, dense); });
   }
@@ -371,7 +387,9 @@ void sampled_convolution_(Tensor& self, const Tensor& x_, const Tensor& state, s
     using E = decltype(zero);
     using T = typename ComputeOf<E>::type;
     Tensor target = as_contiguous(self);  // self itself where it is contiguous
-    if (has_tile<T>()) {
+    if (s.channels == 0) {                // sums of nothing, where the library would make no channels
+      if (!add) torch::stable::zero_(target);
+    } else if (has_tile<T>()) {
       const ScalarType compute = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
       const Tensor x = as_contiguous(to_dtype(x_, compute));
       direct::convolve(s, direct::Drawn{spec, offset, self.size(0)}, static_cast<const T*>(x.const_data_ptr()), add,

@@ -131,7 +131,7 @@ def convolution(
             if moved is None:
                 moved = product.new_zeros((k, *product.shape))
             moved[i] += product
-    if db is not None:
+    if db is not None and out.shape[1] == b.shape[0]:  # without input channels PyTorch makes none
         shared = db.reshape(k, 1, -1, *(1,) * (w.dim() - 2))
         moved = shared.expand(k, *out.shape).clone() if moved is None else moved + shared
     if moved is None:
@@ -144,8 +144,8 @@ def _one_place(
 ) -> OnePlace | None:
     if not x.is_cpu or x.dtype not in FUSED_DTYPES or any(t is not None and t.dtype != x.dtype for t in (w, b)):
         return None
-    if x.shape[1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
-        return None  # PyTorch's own error
+    if x.shape[1] != w.shape[1] or x.shape[1] == 0 or (b is not None and b.shape != w.shape[:1]):
+        return None  # PyTorch's own error, or result: of no channels it makes none
     place = one_place(x.shape[2:], w, stride, padding, dilation)
     # The library's convolutions in bfloat16 lose more than gathering the matrix costs, however few rows there are
     slow = low is not None or x.dtype in (torch.bfloat16, torch.float16)

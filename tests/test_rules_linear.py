@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from against_func import check, compare, draw, expected
 from helpers import assert_close64
 
+import frog_cuda as frog
 from frog_cuda import ops
 from frog_cuda.dual import DualTensor, SampledTangents, add_activity
 
@@ -172,3 +173,17 @@ def test_low_precision_survives_a_layer_whose_input_does_not_move(low):
         if wanted is not None:
             torch.testing.assert_close(out.tangents.float(), wanted, rtol=2**-7, atol=1e-5)
     assert F.linear(add_activity(x, torch.randn(K, IN)), w, b).tangents.dtype == torch.float32
+
+
+@pytest.mark.parametrize("names", [["0.bias"], ["0.weight"], ["0.bias", "2.bias"]], ids=str)
+def test_a_layer_of_which_one_parameter_moves_in_passes_of_part_of_the_tangents(names):
+    grads = []
+    for chunk_size in (None, 2):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+        options = dict(k=3, perturb="weight", layers=names, chunk_size=chunk_size)
+        estimator = frog.ForwardGradient(model, lambda out, target: (out - target).square().mean(1), **options)
+        estimator(torch.ones(2, 5), torch.zeros(2, 3))
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert set(grads[0]) == set(grads[1]) == set(names)
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in names)

@@ -144,6 +144,7 @@ def _gram_alone(
 ) -> Tensor:
     """What the operator returns for the whole set, to the bit, where it multiplied with a part of the set only. x: (0, in)."""
     code, whole = _DISTRIBUTIONS[source.distribution], source.whole
+    w, b = w.detach(), None if b is None else b.detach()  # called after the pass, where plain parameters require grad
     return _linear_jvp(
         x, None, w, b, None, None, None, source.state, whole, 0, code, w_offset, b_offset, _IDENTITY, 0.0, 0.0, True
     )[2]

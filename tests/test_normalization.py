@@ -163,6 +163,8 @@ X, DX = torch.zeros(6, 4), torch.zeros(2, 6, 4)
         ((X, None), dict(groups=6), "nothing is perturbed"),
         ((X, DX[:, :5]), dict(groups=6), r"dx has shape \(2, 5, 4\), expected \(2, 6, 4\)"),
         ((X, DX[:0]), dict(groups=6), "k is 0"),
+        ((X, DX), dict(outer=6148914691236517206, groups=3), "their product must stay below 2.63"),
+        ((X, DX), dict(outer=2**32, groups=2**32), "their product must stay below 2.63"),
         ((X, DX), dict(groups=5), "outer x groups = 1 x 5 does not divide"),
         ((X, DX), dict(groups=-6), "must not be negative"),
         ((X, DX), dict(groups=6, weight_groups=4), "weight_groups is 4; expected a divisor of groups = 6"),
@@ -175,7 +177,7 @@ X, DX = torch.zeros(6, 4), torch.zeros(2, 6, 4)
         ((X, DX), dict(groups=6, mean=torch.zeros(5), var=torch.ones(5)), r"mean has shape \(5,\), expected \(6,\)"),
         ((X, DX), dict(groups=6, eps=-1.0), "eps is -1"),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_bad_input(arguments, options, match):
     with pytest.raises(RuntimeError, match=match):

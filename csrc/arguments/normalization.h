@@ -21,6 +21,8 @@ inline NormalizationSizes check_normalization(const char* op, const Tensor& x, c
   check_floating(op, "x", x);
   STD_TORCH_CHECK(outer >= 0 && groups >= 0, op, ": outer and groups are ", outer, " and ", groups,
                   "; they must not be negative");
+  STD_TORCH_CHECK(groups == 0 || outer <= INT64_MAX / groups, op, ": outer and groups are ", outer, " and ", groups,
+                  "; their product must stay below 2^63");
   const int64_t rows = outer * groups;
   STD_TORCH_CHECK(rows == 0 ? x.numel() == 0 : x.numel() % rows == 0, op, ": x has ", x.numel(),
                   " elements, which outer x groups = ", outer, " x ", groups, " does not divide");

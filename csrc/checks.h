@@ -2,7 +2,9 @@
 // accepted.
 #pragma once
 
+#include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "stable_compat.h"
@@ -42,6 +44,30 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
 
 inline void check_cpu(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " is not on the CPU, but another argument is; all must be on one device");
+}
+
+/// No element of `t`, which is written to, stands for several.
+inline void check_written(const char* op, const char* name, const Tensor& t) {
+  for (int64_t a = 0; a < t.dim(); ++a) {
+    STD_TORCH_CHECK(t.size(a) <= 1 || t.stride(a) != 0 || t.numel() == 0, op, ": ", name, " has stride 0 along axis ",
+                    a, " of shape ", shape_string(t), "; an expanded tensor cannot be written in place, clone() it");
+  }
+}
+
+/// Whether some element of both lies at one place; for tensors with gaps or overlaps only whether they begin there.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto bytes = [](const Tensor& t) {  // from its first element to behind its last
+    int64_t elements = 1;
+    for (int64_t j = 0; j < t.dim(); ++j) elements += (t.size(j) - 1) * t.stride(j);
+    return std::pair<int64_t, bool>{elements * static_cast<int64_t>(t.element_size()), elements == t.numel()};
+  };
+  const auto [a_bytes, a_dense] = bytes(a);
+  const auto [b_bytes, b_dense] = bytes(b);
+  const uintptr_t from_a = reinterpret_cast<uintptr_t>(a.data_ptr()),
+                  from_b = reinterpret_cast<uintptr_t>(b.data_ptr());
+  if (!a_dense || !b_dense) return from_a == from_b;
+  return from_a < from_b + static_cast<uintptr_t>(b_bytes) && from_b < from_a + static_cast<uintptr_t>(a_bytes);
 }
 
 inline void check_k(const char* op, int64_t k) {

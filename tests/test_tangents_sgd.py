@@ -127,7 +127,9 @@ def test_empty_and_infinite():
         (dict(momentum=0.0), "buffer is given, but momentum is 0"),
         (dict(buffer=torch.ones(3, dtype=torch.float64)), "buffer has dtype Double, expected Float"),
         (dict(buffer=torch.ones(3, 1)), r"buffer has shape \(3, 1\), expected \(3,\)"),
-        (dict(buffer="self"), "buffer and self are the same memory"),
+        (dict(buffer="self"), "buffer and self share memory"),
+        (dict(self=torch.ones(1).expand(3)), "self has stride 0 along axis 0"),
+        (dict(buffer=torch.ones(1).expand(3)), "buffer has stride 0 along axis 0"),
         (dict(lr=float("nan")), "lr is nan"),
         (dict(dampening=float("inf")), "dampening is inf"),
         (dict(momentum=-0.1), "momentum is -0.1"),
@@ -147,6 +149,20 @@ def test_bad_input_leaves_all_as_it_was(change, message):
     with pytest.raises(RuntimeError, match=message):
         ops.tangent_sgd_(**arguments)
     assert torch.equal(p, torch.ones(3)) and torch.equal(buffer, torch.ones(3))
+
+
+def test_buffer_and_self_may_be_parts_of_one_tensor_that_do_not_overlap():
+    both = torch.zeros(10)
+    step = dict(state=state_of(0), coefficients=C, lr=0.1, momentum=0.9)
+    with pytest.raises(RuntimeError, match="buffer and self share memory"):
+        ops.tangent_sgd_(both[:-1], both[1:], **step)
+    assert bool((both == 0).all())
+    expected, kept = torch.zeros(5), torch.zeros(5)
+    ops.tangent_sgd_(expected, kept, **step)
+    ops.tangent_sgd_(both[:5], both[5:], **step)
+    assert torch.equal(both, torch.cat([expected, kept]))
+    ops.tangent_sgd_(both.zero_()[::2], both[1::2], **step)
+    assert torch.equal(both, torch.stack([expected, kept], 1).flatten())
 
 
 def test_unknown_distribution():

@@ -168,6 +168,7 @@ inline ConvolutionSizes check_sampled_convolution(const char* op, const Tensor& 
                                                   int64_t distribution) {
   check_floating(op, "x", x);
   check_dtype(op, "self", self, x.scalar_type());
+  check_written(op, "self", self);
   check_image_axes(op, x);
   STD_TORCH_CHECK(self.dim() == x.dim() + 1, op, ": self has shape ", shape_string(self), " and x has shape ",
                   shape_string(x), ", expected (k, batch, outputs, *) with as many axes at the end");

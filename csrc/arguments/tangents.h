@@ -69,6 +69,7 @@ struct Sgd {
 
 inline void check_sgd(const char* op, const Tensor& self, const std::optional<Tensor>& buffer, const Sgd& s) {
   check_floating(op, "self", self);
+  check_written(op, "self", self);
   STD_TORCH_CHECK(std::isfinite(s.lr), op, ": lr is ", s.lr, "; expected a finite number");
   STD_TORCH_CHECK(std::isfinite(s.dampening), op, ": dampening is ", s.dampening, "; expected a finite number");
   STD_TORCH_CHECK(s.momentum >= 0 && std::isfinite(s.momentum), op, ": momentum is ", s.momentum,
@@ -82,8 +83,8 @@ inline void check_sgd(const char* op, const Tensor& self, const std::optional<Te
   if (!buffer) return;
   check_dtype(op, "buffer", *buffer, self.scalar_type());
   check_shape(op, "buffer", *buffer, shape_of(self));
-  STD_TORCH_CHECK(self.numel() == 0 || buffer->data_ptr() != self.data_ptr(), op,
-                  ": buffer and self are the same memory; expected a buffer of its own");
+  check_written(op, "buffer", *buffer);
+  STD_TORCH_CHECK(!overlap(*buffer, self), op, ": buffer and self share memory; expected a buffer of its own");
 }
 
 /// Elements of all blocks [k, numels[b]], one behind the other.

@@ -344,6 +344,7 @@ void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients
   const char* op = "tangent_axpy_";
   check_cpu(op, "self", self);
   check_floating(op, "self", self);
+  check_written(op, "self", self);
   check_range(op, self.numel(), offset);
   dispatch_floating(op, self.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

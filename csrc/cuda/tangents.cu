@@ -128,6 +128,7 @@ void tangent_axpy_(Tensor& self, const Tensor& state, const Tensor& coefficients
   check_same_device(op, "state", state, self);
   check_same_device(op, "coefficients", coefficients, self);
   check_floating(op, "self", self);
+  check_written(op, "self", self);
   check_range(op, self.numel(), offset);
   check_coefficients(op, coefficients);
   check_draw(op, state, coefficients.size(0), first, distribution);

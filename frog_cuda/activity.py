@@ -170,7 +170,7 @@ class ActivityPerturbation:
             elif wants_gram:
                 segment.grams = torch.cat([grams(v[:, rows]) for rows in blocks(segment, len(v))])
             place = piece.name, piece.offset
-            if place in self._added and returns_what_is_new(segment.group):
+            if place in self._added and returns_what_is_new(segment):
                 return perturbed_(y, v)
             return perturbed(y, v, partial(self._added.add, place))
 
@@ -321,7 +321,7 @@ class ActivityPerturbation:
     def _direct(
         self, tangents: TangentSet, segment: Segment, x: Tensor, estimate: Estimate, start: int, width: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        rule, layer = segment.group.rule, segment.group.output
+        rule, layer = segment.rule, segment.group.output
         assert rule is not None
         if x._version != segment.version:
             raise RuntimeError(

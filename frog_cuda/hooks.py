@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .dual import DualTensor, primal_of
 from .layers import Group
+from .local import LocalRule, rule_holds
 from .rerun import Call
 from .segments import Segment, Trace, batch_axis
 from .stopping import stopped, stopping_at_no_grad
@@ -37,8 +38,12 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
     handles = []
 
     def hook(group: Group) -> None:
+        # Others may have changed the layer since the last pass
+        rule = group.rule if group.rule is not None and rule_holds(group.output) else None
+        runs_again = group.runs_again or rule is not group.rule
+
         # The first hook of all: what the layer itself returns is perturbed, whatever others make of it
-        if group.runs_again:
+        if runs_again:
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 calls.append((group, Call(group, args, kwargs) if again else None))
@@ -47,7 +52,7 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             call = None
-            if group.runs_again:
+            if runs_again:
                 _, call = calls.pop()
                 if output is None and sys.exc_info()[0] is not None:  # the layer has raised; the model may catch that
                     return None
@@ -56,9 +61,9 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
             if stopped() or any(other is group for other, _ in calls):  # a constant, or a layer that calls itself
                 return None
             given = args[0] if args else kwargs.get("input")
-            return _visit(trace, group, call, given, output, perturb, shared)
+            return _visit(trace, group, rule, call, given, output, perturb, shared)
 
-        how: dict[str, bool] = {"prepend": True, "with_kwargs": True, "always_call": group.runs_again}
+        how: dict[str, bool] = {"prepend": True, "with_kwargs": True, "always_call": runs_again}
         handles.append(group.output.register_forward_hook(after, **how))
 
     try:
@@ -71,14 +76,22 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
             handle.remove()
 
 
-def returns_what_is_new(group: Group) -> bool:
+def returns_what_is_new(segment: Segment) -> bool:
     """Whether nobody but the hook has what the layer returned. Layers with a closed form, PyTorch's own, compute it in new
-    memory and do not keep it, if nobody has replaced their ``forward``; hooks of all modules come before those of one."""
-    replaced = "forward" in vars(group.output)
-    return group.rule is not None and not replaced and not nn.modules.module._global_forward_hooks
+    memory and do not keep it."""
+    return segment.rule is not None
 
 
-def _visit(trace: Trace, group: Group, call: Call | None, x: Any, output: Any, perturb: Perturb, shared: bool) -> Any:
+def _visit(
+    trace: Trace,
+    group: Group,
+    rule: LocalRule | None,
+    call: Call | None,
+    x: Any,
+    output: Any,
+    perturb: Perturb,
+    shared: bool,
+) -> Any:
     several = not isinstance(output, Tensor)
     leaves, spec = tree_flatten(output) if several else ([output], None)
     seen = 0
@@ -88,7 +101,7 @@ def _visit(trace: Trace, group: Group, call: Call | None, x: Any, output: Any, p
             axis = batch_axis(group.output, value, seen)
             y = leaf.movedim(axis, 0) if axis else leaf
             name = f"{group.name}[{seen}]" if seen else group.name
-            y = _perturbed(trace, group, call, name, x, y, perturb, shared)
+            y = _perturbed(trace, group, rule, call, name, x, y, perturb, shared)
             leaves[i] = y.movedim(0, axis) if axis else y
             seen += 1
     if not seen:
@@ -101,6 +114,7 @@ def _visit(trace: Trace, group: Group, call: Call | None, x: Any, output: Any, p
 def _perturbed(
     trace: Trace,
     group: Group,
+    rule: LocalRule | None,
     call: Call | None,
     name: str,
     given: Any,
@@ -111,7 +125,7 @@ def _perturbed(
     value = primal_of(y)
     shape = value.shape
     piece = _piece(trace, name, shape[1:] if shared else shape)
-    x = primal_of(given) if group.rule is not None else None
+    x = primal_of(given) if rule is not None else None
     version = 0
     if x is not None:
         # A fused operator leaves a value and its tangents in one block of memory, which the value alone would keep alive
@@ -119,7 +133,7 @@ def _perturbed(
         if x.is_inference() or (isinstance(given, DualTensor) and given.k * x.numel() >= _WORTH_A_COPY):
             x = x.clone()
         version = x._version
-    segment = Segment(group, piece, shape[0], x, version, [], call=call)
+    segment = Segment(group, rule, piece, shape[0], x, version, [], call=call)
     trace.segments.append(segment)
     return perturb(segment, y)
 

@@ -44,9 +44,9 @@ class Group:
         single = len(self.members) == 1
         # Hooks of pruning and weight norm make the layer's weight of other parameters
         plain = self.output._parameters.keys() <= _OWN
-        #: how a single layer gets its gradient without a second run; None where that is not known
+        #: how a single layer gets its gradient without a second run, as long as it holds; None where that is not known
         self.rule: LocalRule | None = local_rule(self.output) if single and plain else None
-        #: whether the layer runs again for its gradient; otherwise, and without a rule, the whole pass is repeated
+        #: whether the layer always runs again for its gradient; otherwise, and without a rule, the whole pass is repeated
         self.runs_again = single and self.rule is None
 
 

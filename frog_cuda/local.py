@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from . import ops
 from .one_place import one_place
 
-__all__ = ["LocalRule", "local_gradient", "local_rule"]
+__all__ = ["LocalRule", "local_gradient", "local_rule", "rule_holds"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,17 @@ def local_rule(module: nn.Module) -> LocalRule | None:
     return _RULES.get(type(module))
 
 
+def rule_holds(layer: nn.Module) -> bool:
+    """Whether a layer whose type has a rule still computes what the rule is of: nobody has replaced its ``forward``, or that
+    of its class, and no hook of all modules may have changed what it returned."""
+    kind = type(layer)
+    return "forward" not in layer.__dict__ and kind.forward is _FORWARDS.get(kind) and not _module._global_forward_hooks
+
+
 def share_rule(original: type[nn.Module], subclass: type[nn.Module]) -> None:
     """Lets a subclass that computes the same as ``original`` have its rule."""
     if original in _RULES:
-        _RULES[subclass] = _RULES[original]
+        _RULES[subclass], _FORWARDS[subclass] = _RULES[original], subclass.forward
 
 
 def local_gradient(
@@ -207,3 +215,6 @@ _RULES: dict[type[nn.Module], LocalRule] = {
     nn.BatchNorm2d: _BATCH_NORM,
     nn.BatchNorm3d: _BATCH_NORM,
 }
+
+#: ``forward`` of these types as it was when the package was imported
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _RULES}

@@ -14,6 +14,7 @@ from . import ops
 from ._checks import flat
 from .functional import RandomNumbers
 from .layers import Group
+from .local import LocalRule
 from .rerun import Call
 from .tangents import Piece, TangentSet
 
@@ -30,9 +31,10 @@ class Segment:
     """One perturbed tensor of what one call of a layer returns."""
 
     group: Group
+    rule: LocalRule | None  # by which the gradient is taken directly
     piece: Piece  # shape: of a sample where tangents are shared, of the whole batch where they are not
     batch: int
-    input: Tensor | None  # (B, *, in) for layers whose gradient is taken directly
+    input: Tensor | None  # (B, *, in), where there is a rule
     version: int
     tangents: list[Tensor]  # base tangents of each chunk, (count, *piece.shape); none where they are replayed
     dtype: torch.dtype = torch.float32  # of the tangents

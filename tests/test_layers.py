@@ -161,3 +161,68 @@ def test_a_layer_that_is_not_called_is_named_once():
         warnings.simplefilter("error")
         fg(x, y)
         frog.ForwardGradient(model, per_sample, k=2, layers=["last"])(x, y)
+
+
+def _on_the_layer(model):
+    inner = model[0].forward
+    model[0].forward = lambda x: 2 * inner(x)
+    return lambda: delattr(model[0], "forward")
+
+
+def _on_its_class(model):
+    inner = nn.Linear.forward
+    nn.Linear.forward = lambda self, x: 2 * inner(self, x)
+    return lambda: setattr(nn.Linear, "forward", inner)
+
+
+def _on_all_modules(model):
+    return nn.modules.module.register_module_forward_hook(
+        lambda module, given, out: 2 * out if isinstance(module, nn.Linear) else None
+    ).remove
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["after construction", "before"])
+@pytest.mark.parametrize("change", [_on_the_layer, _on_its_class, _on_all_modules])
+def test_layers_whose_results_others_change_have_no_closed_form(change, early):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    undo = change(model) if early else None
+    fg = frog.ForwardGradient(model, squares, k=11)
+    if undo is None:
+        fg(x, None)  # as it was; what is known of this pass must not serve the next
+        undo = change(model)
+    model.zero_grad()
+    try:
+        fg(x, None)
+        expected = torch.autograd.grad(squares(model(x), None).mean(), list(model.parameters()))
+    finally:
+        undo()
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert_close64(p.grad, g, 1e-7)
+    model.zero_grad()
+    fg(x, None)
+    expected = torch.autograd.grad(squares(model(x), None).mean(), list(model.parameters()))
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert_close64(p.grad, g, 1e-7)
+    assert all(s.call is None for s in fg.last.trace.segments), "closed forms again"
+
+
+def test_a_class_whose_forward_was_replaced_keeps_what_it_returns():
+    """As in :func:`test_what_others_keep_is_not_perturbed_later`."""
+    torch.manual_seed(0)
+    model, seen, inner = Apart().double(), [], nn.Linear.forward
+    fg, x = estimator(model), torch.randn(5, 4, dtype=torch.float64)
+    fg.derivatives(x, None)
+
+    def keep(self, given):
+        seen.append((self, given, inner(self, given)))
+        return seen[-1][2]
+
+    nn.Linear.forward = keep
+    try:
+        fg.derivatives(x, None)
+    finally:
+        nn.Linear.forward = inner
+    _, given, out = next(entry for entry in seen if entry[0] is model.layers[1])
+    assert_close64(out.tangents, given.tangents @ model.layers[1].weight.detach().T)

@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, FunctionMeta
 from torch.utils._pytree import tree_leaves
 
-from . import stopping
+from . import _data, stopping
 from .dual import DualTensor, _make, called_from, primal_of, resolve
 from .rules.helpers import common_k, low_dtype, parts, share_memory, wrap
 
@@ -78,8 +78,10 @@ def _count(change: int) -> None:
         _passes += change
         if _passes == change == 1:
             FunctionMeta.__getattribute__ = _getattribute  # type: ignore[method-assign, assignment]
+            _data.check()
         elif _passes == 0:
             del FunctionMeta.__getattribute__
+            _data.stop_checking()
 
 
 class _Context(FunctionCtx):

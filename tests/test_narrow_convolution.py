@@ -77,7 +77,7 @@ def test_a_filter_has_the_bits_it_has_alone(dtype):
     [
         (dict(x=torch.zeros(3, 4)), r"x has shape \(3, 4\), expected \(batch, channels, \*\)"),
         (dict(weight=torch.zeros(2, 3, 3, 3)), r"weight has shape \(2, 3, 3, 3\), expected \(filters, 4, \*\)"),
-        (dict(weight=torch.zeros(0, 4, 3, 3)), r"weight has shape \(0, 4, 3, 3\), expected .* with a filter and a channel at least"),
+        (dict(weight=torch.zeros(0, 4, 3, 3)), r"weight has shape \(0, 4, 3, 3\), expected .* a filter and a channel at least"),
         (dict(weight=torch.zeros(2, 4, 3)), r"weight has shape \(2, 4, 3\), expected \(filters, 4, \*\)"),
         (dict(weight=torch.zeros(2, 4, 3, 3).double()), "weight has dtype Double, expected Float"),
         (dict(weight=torch.zeros(2, 4, 9, 3)), "the kernel spans 9 places of axis 0, but the padded image has 7"),

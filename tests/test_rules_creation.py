@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from against_func import check, draw, dual
 from helpers import assert_close64
 
+import frog_cuda as frog
 from frog_cuda.dual import DualTensor, tangents_of
 
 
@@ -63,6 +64,27 @@ def test_taking_values_out_is_refused_where_tangents_would_be_lost():
         x.share_memory_()
     with pytest.raises(RuntimeError, match="apply_: the derivative of a Python function"):
         x.apply_(lambda value: value + 1)
+    with pytest.raises(RuntimeError, match="map_: the derivative of a Python function"):
+        x.map_(x, lambda a, b: a + b)
+    for first, *others in ((x, x, x), (torch.ones(3).double(), x, x), (torch.ones(3).double(), torch.ones(3).double(), x)):
+        with pytest.raises(RuntimeError, match="map2_: the derivative of a Python function"):
+            first.map2_(*others, lambda a, b, c: a + b + c)
+
+
+@pytest.mark.parametrize("make", [torch.zeros, lambda n: torch.nn.Parameter(torch.zeros(n))])
+def test_a_dual_tensor_is_not_the_data_of_a_plain_one(make):
+    def fn(x):
+        y = make(2)
+        y.data = x[:2]
+        return y * 2
+
+    attribute = torch.Tensor.data
+    for run in (lambda: frog.jvp(fn, (torch.ones(3),), (torch.ones(2, 3),)), lambda: fn(dual(draw(3)))):
+        with pytest.raises(RuntimeError, match="data: a DualTensor as the data of a plain tensor"):
+            run()
+    y = make(2)
+    y.data = torch.ones(3)  # by the attribute of passes, which a DualTensor made by hand leaves in place
+    assert torch.equal(y.data, torch.ones(3)) and torch.Tensor.data is attribute
 
 
 def test_torch_func_inside():

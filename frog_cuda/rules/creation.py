@@ -80,8 +80,22 @@ def share_memory_(x: DualTensor) -> Any:
 
 @rule(torch.Tensor.apply_)
 def apply_(x: DualTensor, function: Any) -> Any:
-    raise RuntimeError(
-        f"apply_{called_from()}: the derivative of a Python function of numbers is not known; use torch functions"
+    raise _python_function("apply_")
+
+
+@rule(torch.Tensor.map_)
+def map_(x: Any, other: Any, function: Any) -> Any:
+    raise _python_function("map_")
+
+
+@rule(torch.Tensor.map2_)
+def map2_(x: Any, first: Any, second: Any, function: Any) -> Any:
+    raise _python_function("map2_")
+
+
+def _python_function(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name}{called_from()}: the derivative of a Python function of numbers is not known; use torch functions"
     )
 
 

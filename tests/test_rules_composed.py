@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from against_func import along, check_with_differences, draw
+from against_func import along, check, check_with_differences, draw
 from helpers import assert_close64
 
 import frog_cuda as frog
@@ -88,3 +88,16 @@ def test_linear_cross_entropy_in_chunks():
     )
     assert_close64(chunked[0], whole[0])
     assert_close64(chunked[1], whole[1])
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("shape", [(4, 5), (4,), ()], ids=str)
+def test_index_fill_with_any_of_its_arguments_perturbed(shape, k):
+    index, x, value = torch.tensor([0, 2, 0] if shape else [0]), draw(*shape), draw(seed=2)
+    check(lambda x, value: x.index_fill(0, index, value), x, value, k=k)
+    check(lambda x, value: (x * 1).index_fill_(-1, index, value), x, value, k=k)
+    check(lambda x: x.index_fill(0, index, value), x, k=k)
+    tangents = torch.arange(1, k + 1, dtype=torch.float64)
+    _, moved = frog.jvp(lambda value: x.index_fill(0, index, value), (value,), (tangents,))
+    filled = torch.zeros(shape, dtype=torch.float64).index_fill(0, index, 1.0)
+    assert torch.equal(moved, tangents.view(k, *(1,) * len(shape)) * filled)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dual import aten, existing, primal_of, rule, tangents_of
-from .helpers import common_k, low_dtype, parts, wrap
+from .helpers import common_k, lift, low_dtype, parts, wrap
 
 _aten = torch.ops.aten
 
@@ -68,6 +68,21 @@ def index_reduce(func: Any, x: Any, dim: int, index: Tensor, source: Any, reduce
     shape = [1] * x.dim()
     shape[dim] = -1
     return torch.scatter_reduce(x, dim, index.view(shape).expand(source.shape), source, reduce, include_self=include_self)
+
+
+@aten(_aten.index_fill.int_Tensor)
+def index_fill(func: Any, x: Any, dim: int, index: Tensor, value: Any) -> Any:
+    """PyTorch's vmap writes the tangents of the value into one expanded tensor, so that the last one is everyone's."""
+    common_k(func, x, value)
+    px, dx = parts(x)
+    pv, dv = parts(value)
+    out = func(px, dim, index, pv)
+    if dx is None and dv is None:
+        return out
+    filled = torch.zeros_like(px, dtype=torch.bool).index_fill(dim, index, True)
+    zero = out.new_zeros(())
+    moved = torch.where(filled, zero if dv is None else lift(dv, out), zero if dx is None else dx)
+    return wrap(out, moved, low_dtype(x, value))
 
 
 @aten(_aten.scatter_reduce.two)

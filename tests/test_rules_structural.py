@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from against_func import check, compare, draw, dual, expected
 
-from frog_cuda.dual import DualTensor, SampledTangents
+from frog_cuda.dual import ATEN_RULES, DualTensor, SampledTangents
 
 MOVES = {
     "view": lambda x: x.contiguous().view(-1, 11).view(3, -1),
@@ -102,6 +102,38 @@ def test_what_a_view_with_copied_tangents_views_refuses_to_be_written(name):
     del view
     base.mul_(3)  # nobody would miss it
     assert torch.equal(base.tangents, 3 * before)
+
+
+@pytest.mark.parametrize("ruled", [True, False], ids=["rule", "fallback"])
+@pytest.mark.parametrize("name", ["imag", "view_as_real"])
+@pytest.mark.parametrize("size", [4, 3])
+def test_complex_numbers_and_their_parts_see_what_is_written_into_the_other(size, name, ruled, monkeypatch):
+    """Pairs of the tangents of three elements begin at odd places and must be copied: then a write is refused."""
+    if not ruled:
+        for overload in (torch.ops.aten.view_as_real.default, torch.ops.aten.view_as_complex.default):
+            monkeypatch.setitem(ATEN_RULES, overload, lambda *args: NotImplemented)
+
+    def part(base):
+        pairs = torch.view_as_complex(base[:2].view(-1, 2))
+        return pairs.imag if name == "imag" else torch.view_as_real(pairs)
+
+    def write_part(x):
+        base = x * 1
+        part(base).mul_(3)
+        return base * 1
+
+    def write_base(x):
+        base = x * 1
+        seen = part(base)
+        base.mul_(3)
+        return seen * 1
+
+    for fn in (write_part, write_base):
+        if ruled and size == 4:
+            check(fn, draw(size))
+        else:
+            with pytest.raises(RuntimeError, match="in-place operation on a view|missed by a view"):
+                fn(dual(draw(size)))
 
 
 def test_a_view_with_copied_tangents_leaves_the_rest_of_its_base_writable():

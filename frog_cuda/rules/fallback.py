@@ -124,6 +124,11 @@ def fallback(func: Any, *args: Any, **kwargs: Any) -> Any:
             outs[j] = wrap(outs[j], d, low)
             if views and not shared:
                 outs[j]._copied_from(outs[j]._primal, f"a view made by {func}, whose tangents are a copy")
+            elif views:
+                seen = outs[j]._primal
+                why = [a._readonly for a in flat if type(a) is DualTensor and share_memory(seen, a._primal)]
+                for reason in [w for w in why if w is not None][:1]:  # its tangents share the memory of a copy
+                    outs[j]._copied_from(seen, reason)
     return tree_unflatten(outs, out_spec)
 
 

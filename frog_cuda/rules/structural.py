@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._copies import extent
 from ..dual import DualTensor, aten, resolve, rule
-from .helpers import common_k, full, lift, low_dtype, parts, shift, wrap
+from .helpers import common_k, full, lift, low_dtype, parts, share_memory, shift, wrap
 
 _aten = torch.ops.aten
 
@@ -101,6 +101,20 @@ def lazy(func: Any, x: DualTensor) -> Any:
     out = _aten.conj_physical.default(x) if func is _aten._conj.default else _aten.neg.default(x)
     out._copied_from(x._primal, f"a view made by {func}, whose values are a copy")
     return out
+
+
+@aten(_aten.view_as_real.default, _aten.view_as_complex.default)
+def as_pairs(func: Any, x: DualTensor) -> Any:
+    value, tangents, readonly = _view_parts(x)
+    out = func(value)
+    own = tangents.to(value.dtype)  # not every narrower dtype has a complex one
+    try:
+        moved = func(own)
+    except RuntimeError:  # pairs that begin at an odd place
+        moved = func(own.contiguous())
+    if not share_memory(moved, tangents):
+        readonly = readonly or "a view whose tangents had to be copied"
+    return _view(out, moved, readonly, None)
 
 
 @aten(_aten.alias.default, _aten.lift_fresh.default, _aten.positive.default)

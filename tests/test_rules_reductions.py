@@ -19,6 +19,7 @@ REDUCTIONS = {
     "var_mean": lambda x: torch.var_mean(x, 1),
     "norms": lambda x: x.norm() + x.norm(dim=1) + x.norm(p=1, dim=0).sum() + torch.linalg.vector_norm(x, 3),
     "logsumexp": lambda x: x.logsumexp(1) + x.logsumexp((0, 1)),
+    "logsumexp over no axes": lambda x: x.logsumexp((), keepdim=True),
     "cumsum": lambda x: x.cumsum(0) * x.cumsum(-1),
     "prod": lambda x: x.prod() + x.prod(1),
     "cumprod": lambda x: x.cumprod(1),

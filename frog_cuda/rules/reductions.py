@@ -71,7 +71,8 @@ def logsumexp(func: Any, x: Any, dim: Any, keepdim: bool = False) -> Any:
     kept = func(value, dim, True)
     if not bool(torch.isfinite(kept).all()):
         return NotImplemented
-    moved = (tangents * (value - kept).exp()).sum([shift(d, value.dim()) for d in dim], keepdim=keepdim)
+    dims = [shift(d, value.dim()) for d in dim] if dim else all_dims(value)
+    moved = (tangents * (value - kept).exp()).sum(dims, keepdim=keepdim)
     return wrap(func(value, dim, keepdim), moved, low_dtype(x))
 
 

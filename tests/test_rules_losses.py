@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from against_func import check, check_with_differences, draw
+from against_func import check, check_with_differences, compare, draw, dual, expected
 
 import frog_cuda as frog
 
@@ -52,6 +52,29 @@ def test_squared_error(reduction):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch advises against broadcasting
         check(lambda a: F.mse_loss(a, y[0], reduction=reduction), draw(7, 5))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_absolute_error(reduction):
+    x, y, w = draw(7, 5), draw(7, 5, seed=3), draw(7, 5, seed=4).abs()
+    check(lambda a, b: F.l1_loss(a, b, reduction=reduction), x, y)
+
+    def weighted(a, b, w):  # not F.l1_loss itself, whose weight PyTorch's forward mode keeps
+        errors = (a - b).abs() * w
+        return errors if reduction == "none" else errors.sum() / (w.sum() if reduction == "mean" else 1)
+
+    for perturbed in ((0,), (1,), (2,), (0, 1, 2)):
+        given = [t if i in perturbed else None for i, t in enumerate((x, y, w))]
+        primals = [t for t in given if t is not None]
+
+        def loss(fn, *moved, given=given):
+            rest = iter(moved)
+            return fn(*(next(rest) if g is not None else t for g, t in zip(given, (x, y, w), strict=True)))
+
+        (value,), (moved,) = expected(lambda *m: loss(weighted, *m), primals, [dual(p).tangents for p in primals])
+        compare(loss(lambda a, b, w: F.l1_loss(a, b, reduction=reduction, weight=w), *map(dual, primals)), value, moved)
+    with pytest.raises(ValueError, match="same size"):
+        F.l1_loss(dual(x), y, weight=w[0])
 
 
 @pytest.mark.parametrize("loss", [F.mse_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass
 from torch.nn import _reduction
 
 from ..dual import DualTensor, _make, aten, rule
@@ -114,6 +116,28 @@ def mse_loss(
         return NotImplemented
     loss, dloss = _mse_jvp(x, dx, y, dy)
     return _reduced(loss, dloss, k, reduction)
+
+
+@rule(F.l1_loss)
+def l1_loss(
+    input: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    weight: Any = None,
+) -> Any:
+    """PyTorch forgets the weight when it asks for a rule; it is read where it was given, in the call of the loss."""
+    frame: Any = sys._getframe(1)
+    while weight is None and frame is not None:
+        if frame.f_code is F.l1_loss.__code__:
+            weight = frame.f_locals["weight"]
+            break
+        frame = frame.f_back
+    if weight is None:
+        return NotImplemented
+    with DisableTorchFunctionSubclass():
+        return F.l1_loss(input, target, size_average, reduce, reduction, weight)  # type: ignore[call-arg]
 
 
 def _bce(input: Any, target: Any, weight: Any, pos_weight: Any, reduction: str, with_logits: bool) -> Any:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from against_func import check, draw, dual
+from against_func import check, compare, draw, dual, expected
 
 from frog_cuda.dual import DualTensor, add_activity
 from frog_cuda.rules.arithmetic import DERIVATIVES
@@ -141,3 +141,21 @@ def test_different_numbers_of_tangents_are_named():
         torch.cat([dual(draw(4), k=1), dual(draw(4), k=3)])
     with pytest.raises(ValueError, match=r"hypot.*k = 1.*k = 3"):
         torch.hypot(dual(draw(4), k=1), dual(draw(4), k=3))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", ["maximum", "minimum", "clamp_min", "clamp_max"])
+def test_lists_beside_numbers(name, k):
+    each = {"maximum": torch.clamp_min, "minimum": torch.clamp_max}.get(name) or getattr(torch, name)
+    listed, in_place = getattr(torch, f"_foreach_{name}"), getattr(torch, f"_foreach_{name}_")
+    x, y = draw(4, 3), draw(5, seed=2)
+    tangents = [draw(k, *t.shape, seed=3) for t in (x, y)]
+    for numbers in (0.3, [0.3, -0.2]):
+        several = numbers if isinstance(numbers, list) else [numbers] * 2
+        values, moved = expected(lambda x, y, s=several: [each(x, s[0]), each(y, s[1])], [x, y], tangents)
+        duals = [DualTensor(t.clone(), v.clone()) for t, v in zip((x, y), tangents, strict=True)]
+        for out, value, tangent in zip(listed(duals, numbers), values, moved, strict=True):
+            compare(out, value, tangent)
+        in_place(duals, numbers)
+        for out, value, tangent in zip(duals, values, moved, strict=True):
+            compare(out, value, tangent)

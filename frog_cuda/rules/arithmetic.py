@@ -231,6 +231,20 @@ def clamp(func: Any, x: Any, *bounds: Any, **kwargs: Any) -> Any:
     return wrap(out, torch.where(inside, tangents, 0), low_dtype(x))
 
 
+def _of_each(clamped: Any) -> Any:
+    """Of a list, each clamped: PyTorch's forward mode of these gives the scalar's value as the tangent where it is taken."""
+
+    def body(func: Any, tensors: Any, scalars: Any) -> Any:
+        several = scalars if isinstance(scalars, (list, tuple)) else [scalars] * len(tensors)
+        return [clamped(x, s) for x, s in zip(tensors, several, strict=True)]
+
+    return body
+
+
+for _name, _clamped in (("_foreach_maximum", _aten.clamp_min.default), ("_foreach_minimum", _aten.clamp_max.default)):
+    aten(getattr(_aten, _name).Scalar, getattr(_aten, _name).ScalarList)(_of_each(_clamped))
+
+
 def _bounds(func: Any, *bounds: Any, **kwargs: Any) -> tuple[Any, Any]:
     low, high = (*bounds, None, None)[:2]
     low, high = kwargs.get("min", low), kwargs.get("max", high)

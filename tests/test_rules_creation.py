@@ -101,6 +101,45 @@ def test_torch_func_inside():
         torch.func.grad(lambda x: F.linear(x, dual(w)).sum())(dual(x))
 
 
+@pytest.mark.parametrize("create_graph", [True, False])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_torch_autograd_functional_is_refused_where_derivatives_would_be_zeros(create_graph, vectorize):
+    def closed_over(x):
+        options = dict(create_graph=create_graph, vectorize=vectorize)
+        return torch.autograd.functional.jacobian(lambda y: y * x, torch.ones(3, dtype=x.dtype), **options)
+
+    def argument(x):
+        return torch.autograd.functional.hessian(lambda x: (x**3).sum(), x, create_graph=True, vectorize=vectorize)
+
+    for fn in (closed_over, argument):
+        with pytest.raises(RuntimeError, match="torch.autograd.functional: nothing is recorded.*use torch.func"):
+            fn(dual(draw(3)))
+    check(lambda x: torch.func.jacrev(torch.func.jacrev(lambda x: (x**3).sum()))(x), draw(3))
+    assert not dual(draw(3)).requires_grad
+
+
+@pytest.mark.parametrize("perturb", ["weight", "activity"])
+def test_requiring_grad_changes_nothing_in_a_pass_as_in_training(perturb):
+    class Model(torch.nn.Sequential):
+        requires = True
+
+        def forward(self, x):
+            x = self[0](x)
+            if self.requires:
+                x.requires_grad_()
+                x.requires_grad = True
+            return self[1](x)
+
+    grads = []
+    for requires in (True, False):
+        torch.manual_seed(0)
+        model = Model(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        model.requires = requires
+        frog.ForwardGradient(model, F.mse_loss, k=2, perturb=perturb, per_sample=False)(torch.ones(5, 4), torch.zeros(5, 2))
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 DROPOUTS = {
     "F.dropout": lambda x: F.dropout(x, 0.4),
     "torch.dropout": lambda x: torch.dropout(x, 0.4, True),

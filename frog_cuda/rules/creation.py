@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import DispatchKey
 
+from .. import stopping
 from ..dual import DualTensor, _make, aten, called_from, rule
 from .helpers import common_k, low_dtype, parts, wrap
 
@@ -110,9 +112,21 @@ def number(x: DualTensor) -> Any:
     )
 
 
+@rule(torch.Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
+def requires_grad(x: DualTensor) -> bool:
+    """torch.autograd.functional leaves out results that do not require grad: their derivatives would be zeros."""
+    if sys._getframe(2).f_globals.get("__name__") == "torch.autograd.functional":
+        raise RuntimeError(
+            f"torch.autograd.functional{called_from()}: nothing is recorded for backward through a DualTensor; use "
+            "torch.func.jacrev (twice for a Hessian), grad or vjp, where each DualTensor is one of the arguments"
+        )
+    return False
+
+
 @rule(torch.Tensor.requires_grad_)
 def requires_grad_(x: DualTensor, requires_grad: bool = True) -> DualTensor:
-    if requires_grad:
+    """In a pass of an estimator it changes nothing, as in training, where what depends on parameters requires grad anyway."""
+    if requires_grad and stopping._local.entered is None:
         raise RuntimeError("requires_grad_: nothing is recorded for backward through a DualTensor")
     return x
 

@@ -30,6 +30,7 @@ CHANGES = {
     "masked_fill_": lambda y: y.masked_fill_(y > 0, 1.5),
     "zero_": lambda y: y[:2].zero_(),
     "fill_": lambda y: (y[0].fill_(3.0), y[1].fill_(y[2, 0])),
+    "fill_diagonal_": lambda y: (y.fill_diagonal_(2.5), y.t()[1:3, 1:3].fill_diagonal_(0)),
     "copy_": lambda y: (y[0].copy_(y[1]), y[2:4].copy_(y[5]), y[6].copy_(torch.ones(33))),
     "copy_ of numbers": lambda y: (y[0].copy_(2), y[1].copy_(0.5)),
     "setitem": lambda y: (y.__setitem__(0, 5.0), y.__setitem__((slice(1, 3), 2), y[3, 4] * y[3, 5])),
@@ -63,6 +64,11 @@ def test_changes(name, k):
 @pytest.mark.parametrize("name", [n for n in CHANGES if n != "view()"])
 def test_changes_of_non_contiguous_tensors(name):
     check(lambda x: of_copy(CHANGES[name])(x.t().clone(memory_format=torch.preserve_format)), draw(33, 7))
+
+
+def test_a_wrapped_diagonal_has_no_tangents():
+    for wrap in (True, False):
+        check(of_copy(lambda y, wrap=wrap: y.fill_diagonal_(2.5, wrap)), draw(33, 7))
 
 
 def test_base_changes_show_in_views():
@@ -154,6 +160,23 @@ def test_buffers_made_from_a_dual_can_be_filled():
         return out, other, torch.zeros_like(x), torch.full_like(x, 2.0) * x
 
     check(fn, draw(7, 5))
+
+
+COPIES = {
+    "clone": lambda zeros: zeros.clone(),
+    "repeat": lambda zeros: zeros.repeat(1, 1),
+    "to": lambda zeros: zeros.to(torch.float32).to(torch.float64),
+    "cat": lambda zeros: torch.cat([zeros[:3], torch.zeros(4, 5, dtype=torch.float64)]),
+    "stack": lambda zeros: torch.stack([zeros, zeros])[1],
+    "pad": lambda zeros: F.pad(zeros[:3], (0, 0, 0, 4)),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_of_such_buffers_can_be_filled(name):
+    check(lambda x: COPIES[name](torch.zeros_like(x)).index_add_(0, torch.tensor([1, 2, 1]), x[:3]), draw(7, 5))
+    check(lambda x: COPIES[name](torch.zeros_like(x)) + 1, draw(7, 5))
+    assert type(torch.zeros_like(dual(draw(3))).to(torch.int64)) is torch.Tensor
 
 
 def test_shape_changes_in_place():

@@ -57,6 +57,11 @@ def wrap(primal: Tensor, tangents: Tensor | None, low: torch.dtype | None = None
     return _make(primal, tangents, tangents.shape[0])
 
 
+def constant(out: Tensor, k: int) -> Tensor:
+    """``out`` with zero tangents that are not stored, so that others may be written into it; plain where k is 0."""
+    return _make(out, None, k) if k and (out.is_floating_point() or out.is_complex()) else out
+
+
 def lift(tangents: Tensor, out: Tensor) -> Tensor:
     """Tangents of an operand that broadcasts to ``out``: ``(k, *shape) -> (k, 1, .., 1, *shape)``, on ``out``'s device."""
     missing = out.dim() + 1 - tangents.dim()

@@ -67,6 +67,17 @@ def polygamma_(func: Any, target: Any, n: int) -> Any:
     return target._write(*parts(_aten.polygamma.default(n, target)), func)
 
 
+@aten(_aten.fill_diagonal_.default)
+def fill_diagonal_(func: Any, target: Any, value: Any, wrap: bool = False) -> Any:
+    """``value`` is a number."""
+    _check_target(func, target)
+    primal, tangents = parts(target)
+    out = func(primal.clone(memory_format=torch.contiguous_format), value, wrap)
+    if tangents is not None:
+        tangents = tangents.masked_fill(func(torch.zeros_like(out, dtype=torch.bool), 1, wrap), 0)
+    return target._write(out, tangents, func)
+
+
 @aten(_aten.fill_.Tensor)
 def fill_(func: Any, target: Any, value: Any) -> Any:
     if value.dim() != 0:

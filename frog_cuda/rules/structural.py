@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._copies import extent
 from ..dual import DualTensor, aten, resolve, rule
-from .helpers import common_k, full, lift, low_dtype, parts, share_memory, shift, wrap
+from .helpers import common_k, constant, full, lift, low_dtype, parts, share_memory, shift, wrap
 
 _aten = torch.ops.aten
 
@@ -187,7 +187,7 @@ def clone(func: Any, x: Any, *, memory_format: Any = None) -> Any:
     value, tangents = parts(x)
     out = func(value, memory_format=memory_format)
     if tangents is None:
-        return out
+        return constant(out, common_k(func, x))
     # channels_last and the like count axes, of which the tangents have one more
     same = memory_format in (None, torch.contiguous_format, torch.preserve_format)
     moved = tangents.clone(memory_format=memory_format if same and memory_format is not None else torch.preserve_format)
@@ -199,7 +199,7 @@ def to_copy(func: Any, x: Any, *, dtype: Any = None, memory_format: Any = None, 
     value, tangents = parts(x)
     out = func(value, dtype=dtype, memory_format=memory_format, **kwargs)
     if tangents is None:
-        return out
+        return constant(out, common_k(func, x))
     kwargs.pop("layout", None)
     low = low_dtype(x)
     return wrap(out, func(tangents, dtype=out.dtype if low is None else low, **kwargs), low)
@@ -222,13 +222,17 @@ def roll(func: Any, x: Any, shifts: Any, dims: Any = ()) -> Any:
 def repeat(func: Any, x: Any, repeats: Any) -> Any:
     value, tangents = parts(x)
     out = func(value, repeats)
-    return out if tangents is None else wrap(out, func(lift(tangents, out), [1, *repeats]), low_dtype(x))
+    if tangents is None:
+        return constant(out, common_k(func, x))
+    return wrap(out, func(lift(tangents, out), [1, *repeats]), low_dtype(x))
 
 
 @aten(_aten.constant_pad_nd.default)
 def constant_pad(func: Any, x: Any, pad: Any, value: Any = 0) -> Any:
     primal, tangents = parts(x)
-    if tangents is None or not any(pad):
+    if tangents is None:
+        return constant(func(primal, pad, value), common_k(func, x))
+    if not any(pad):
         return NotImplemented
     return wrap(func(primal, pad, value), func(tangents, pad, 0), low_dtype(x))
 
@@ -257,7 +261,7 @@ def _joined(func: Any, tensors: Any, dim: int, ndim: int) -> Any:
     split = [parts(resolve(x)) for x in tensors]
     out = func([p for p, _ in split], dim)
     if all(tangents is None for _, tangents in split):
-        return out
+        return constant(out, k)
     if any(p.dim() != split[0][0].dim() for p, _ in split):
         return NotImplemented  # cat skips empty one-dimensional tensors
     low = low_dtype(*tensors)

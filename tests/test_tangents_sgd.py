@@ -128,6 +128,8 @@ def test_empty_and_infinite():
         (dict(buffer=torch.ones(3, dtype=torch.float64)), "buffer has dtype Double, expected Float"),
         (dict(buffer=torch.ones(3, 1)), r"buffer has shape \(3, 1\), expected \(3,\)"),
         (dict(buffer="self"), "buffer and self share memory"),
+        (dict(self=torch.complex(torch.ones(3), torch.ones(3)).conj().imag), "self is a view that negates"),
+        (dict(buffer=torch._neg_view(torch.ones(3))), "buffer is a view that negates"),
         (dict(self=torch.ones(1).expand(3)), "self has stride 0 along axis 0"),
         (dict(buffer=torch.ones(1).expand(3)), "buffer has stride 0 along axis 0"),
         (dict(lr=float("nan")), "lr is nan"),

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 from torch.autograd.graph import increment_version
 
-from .helpers import _code, _guard, _ops
+from .helpers import _code, _guard, _guard_written, _ops
 from .tangents import DISTRIBUTIONS
 
 
@@ -88,6 +88,7 @@ def sampled_convolution_(
         ``self``.
     """
     _guard("sampled_convolution_", self, x, state)
+    _guard_written("sampled_convolution_", self=self)
     options = (stride, padding, dilation, transposed, output_padding or [0] * len(stride), groups)
     code = _code(DISTRIBUTIONS, "distribution", distribution)
     with _AutoDispatchBelowAutograd():

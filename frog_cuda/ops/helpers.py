@@ -33,6 +33,16 @@ def _guard(name: str, *tensors: Tensor | None) -> None:
         _refuse_grad(name, tensors)
 
 
+def _guard_written(name: str, **written: Tensor | None) -> None:
+    """Raises where PyTorch would let the operator write into a copy: that of a view which negates."""
+    for argument, t in written.items():
+        if t is not None and t.is_neg():
+            raise RuntimeError(
+                f"frog_cuda.ops.{name}: {argument} is a view that negates, such as .imag of a conjugate; pass "
+                f"{argument}.resolve_neg()"
+            )
+
+
 def _refuse_grad(name: str, tensors) -> None:
     for t in tensors:
         if isinstance(t, Tensor) and t.requires_grad:

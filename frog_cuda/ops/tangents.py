@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd
 from torch.autograd.graph import increment_version
 
-from .helpers import _code, _guard, _ops
+from .helpers import _code, _guard, _guard_written, _ops
 
 #: name -> code of ``distribution``
 DISTRIBUTIONS = {"normal": 0, "rademacher": 1, "standard_basis": 2}
@@ -190,6 +190,7 @@ def tangent_axpy_(
         ``self``.
     """
     _guard("tangent_axpy_", self, state, coefficients)
+    _guard_written("tangent_axpy_", self=self)
     code = _code(DISTRIBUTIONS, "distribution", distribution)
     with _AutoDispatchBelowAutograd():
         _ops.tangent_axpy_(self, state, coefficients, alpha, offset, first, code)
@@ -230,6 +231,7 @@ def tangent_sgd_(
         ``self``.
     """
     _guard("tangent_sgd_", self, buffer, state, coefficients)
+    _guard_written("tangent_sgd_", self=self, buffer=buffer)
     code = _code(DISTRIBUTIONS, "distribution", distribution)
     with _AutoDispatchBelowAutograd():
         _ops.tangent_sgd_(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from against_func import along, check, check_with_differences, draw
+from against_func import along, check, check_with_differences, draw, dual
 from helpers import assert_close64
 
 import frog_cuda as frog
@@ -101,3 +101,21 @@ def test_index_fill_with_any_of_its_arguments_perturbed(shape, k):
     _, moved = frog.jvp(lambda value: x.index_fill(0, index, value), (value,), (tangents,))
     filled = torch.zeros(shape, dtype=torch.float64).index_fill(0, index, 1.0)
     assert torch.equal(moved, tangents.view(k, *(1,) * len(shape)) * filled)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_sequences_of_different_lengths(side, batch_first):
+    def padded(a, b, c):
+        options = dict(batch_first=batch_first, padding_value=2.0, padding_side=side)
+        return torch.nn.utils.rnn.pad_sequence([a, b, torch.ones(1, 3, dtype=a.dtype), c], **options)
+
+    check(padded, draw(2, 3), draw(4, 3, seed=2), draw(4, 3, seed=3))
+    check(lambda a, b: torch.nn.utils.rnn.pad_sequence([a, b]), draw(2), draw(5, seed=2))
+    a, b = dual(draw(4, 3)), dual(draw(2, 3, seed=2), seed=5)
+    packed = torch.nn.utils.rnn.pack_sequence([a, b]).data
+    for part in ("primal", "tangents"):
+        rows = [getattr(t, part)[..., i, :] for i in range(4) for t in (a, b)[: 1 if i > 1 else 2]]
+        assert torch.equal(getattr(packed, part), torch.stack(rows, -2))
+    with pytest.raises(RuntimeError, match="size"):
+        torch.nn.utils.rnn.pad_sequence([dual(draw(2, 3)), dual(draw(2, 4))])

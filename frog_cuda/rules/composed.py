@@ -31,6 +31,21 @@ def pdist(func: Any, x: Any, p: float = 2.0) -> Any:
     return wrap(func(primal_of(x), p), moved, low_dtype(x))
 
 
+@aten(_aten.pad_sequence.default)
+def pad_sequence(
+    func: Any, sequences: Any, batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
+) -> Any:
+    """PyTorch writes them into a tensor of its own."""
+    func([primal_of(s) for s in sequences], batch_first, padding_value, padding_side)  # PyTorch's own errors
+    longest = max(s.shape[0] for s in sequences)
+    padded = []
+    for s in sequences:
+        room = [0, longest - s.shape[0]]
+        rows = [0, 0] * (s.dim() - 1) + (room if padding_side == "right" else room[::-1])
+        padded.append(F.pad(s, rows, value=padding_value))
+    return torch.stack(padded, 0 if batch_first else 1)
+
+
 @aten(*existing(_aten, "cholesky.default"))  # gone in torch 2.14
 def cholesky(func: Any, x: Any, upper: bool = False) -> Any:
     return torch.linalg.cholesky(x, upper=upper)

@@ -258,3 +258,15 @@ def test_a_rule_can_be_added():
     finally:
         dual_module.FUNCTION_RULES.clear()
         dual_module.FUNCTION_RULES.update(before)
+
+
+def test_a_shallow_copy_shares_the_memory():
+    x = DualTensor(torch.ones(3), torch.ones(2, 3))
+    copied = copy.copy(x)
+    x.mul_(2)
+    assert copied is not x and torch.equal(copied.primal, x.primal) and torch.equal(copied.tangents, 2 * torch.ones(2, 3))
+
+
+def test_no_tangents_of_eight_bits():
+    with pytest.raises(TypeError, match="torch.float8_e4m3fn would have tangents of 8 bits; at least 16 are needed"):
+        DualTensor(torch.ones(3), torch.ones(2, 3)).to(torch.float8_e4m3fn)

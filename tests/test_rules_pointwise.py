@@ -87,3 +87,10 @@ def test_dtypes_of_lower_precision():
         y = F.relu(x.to(dtype))
         assert y.dtype == y.tangents.dtype == dtype
         assert torch.equal(y.tangents, x.tangents.to(dtype) * (x.primal > 0))
+
+
+@pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid])
+def test_results_cannot_be_put_elsewhere(function):
+    with pytest.raises(NotImplementedError, match="out= is not supported with a DualTensor"):
+        function(dual(draw(3)), out=torch.empty(3, dtype=torch.float64))
+    check(lambda x: function(x, out=None), draw(3))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._copies import extent
-from ..dual import DualTensor, aten, resolve, rule
+from ..dual import DualTensor, aten, called_from, resolve, rule
 from .helpers import common_k, constant, full, lift, low_dtype, parts, share_memory, shift, wrap
 
 _aten = torch.ops.aten
@@ -201,6 +201,10 @@ def to_copy(func: Any, x: Any, *, dtype: Any = None, memory_format: Any = None, 
     if tangents is None:
         return constant(out, common_k(func, x))
     kwargs.pop("layout", None)
+    if out.dtype.itemsize < 2 and out.is_floating_point():
+        raise TypeError(
+            f"{func}{called_from()}: a DualTensor of dtype {out.dtype} would have tangents of 8 bits; at least 16 are needed"
+        )
     low = low_dtype(x)
     return wrap(out, func(tangents, dtype=out.dtype if low is None else low, **kwargs), low)
 

@@ -46,9 +46,10 @@ def test_taking_values_out_is_refused_where_tangents_would_be_lost():
         with pytest.raises(RuntimeError, match="__dlpack__: a DualTensor's tangents would be lost"):
             export(x)
     s = x.sum()
-    for constant in (torch.tensor, torch.as_tensor, torch.ones(3).new_tensor):
-        with pytest.raises(RuntimeError, match="torch.tensor: a DualTensor in a list of numbers"):
+    for constant in (torch.tensor, torch.as_tensor, torch.ones(3).new_tensor, x.new_tensor, x.new):
+        with pytest.raises(RuntimeError, match="(torch.tensor|new_tensor): a DualTensor in a list of numbers"):
             constant([2.0, s])
+    assert torch.equal(x.new_tensor([1.0, 2.0]), x.new([1.0, 2.0]))
     assert torch.tensor([2.0, s.item(), float(s)]).shape == (3,) and complex(s).real == float(s)
     with pytest.raises(RuntimeError, match="nothing is recorded for backward"):
         x.sum().backward()
@@ -69,6 +70,55 @@ def test_taking_values_out_is_refused_where_tangents_would_be_lost():
     for first, *others in ((x, x, x), (torch.ones(3).double(), x, x), (torch.ones(3).double(), torch.ones(3).double(), x)):
         with pytest.raises(RuntimeError, match="map2_: the derivative of a Python function"):
             first.map2_(*others, lambda a, b, c: a + b + c)
+
+
+#: operations on x with a number s
+WITH_A_NUMBER = {
+    "negative_slope": lambda x, s: F.leaky_relu(x, s),
+    "alpha": lambda x, s: F.elu(x, alpha=s),
+    "beta": lambda x, s: F.softplus(x, beta=s),
+    "max_val": lambda x, s: F.hardtanh(x, -1.0, s),
+    "p": lambda x, s: F.dropout(x, s),
+    "eps": lambda x, s: F.layer_norm(x, (3,), eps=s),
+    "scale": lambda x, s: F.scaled_dot_product_attention(*[x[None, None]] * 3, scale=s),
+    "label_smoothing": lambda x, s: F.cross_entropy(x, torch.tensor([0, 1]), label_smoothing=s),
+    "a number, such as alpha": lambda x, s: torch.add(x, x, alpha=s),
+    "a number, such as alpha or": lambda x, s: F.leaky_relu(x.detach(), s),
+    "a number, such as alpha or eps": lambda x, s: torch.full((2,), s),
+    "is a number": lambda x, s: F.celu(x, alpha=s),
+}
+
+
+@pytest.mark.parametrize("argument", WITH_A_NUMBER)
+def test_a_dual_tensor_is_no_number(argument):
+    """PyTorch would read its value and lose the tangents without a word."""
+    fn, x, s = WITH_A_NUMBER[argument], dual(draw(2, 3)), dual(torch.tensor(0.7, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=argument):
+        fn(x, s)
+    fn(x, s.item())
+    fn(x, float(s))
+    assert int(s) == 0 and [1, 2][dual(torch.zeros(())).long()] == 1 and bool(s)
+
+
+def test_numbers_are_read_inside_torch_func_and_compiled_functions():
+    def fn(x):
+        return x.square().sum() * (1.0 if x.sum().item() < 100 and x.sum() else 2.0)
+
+    check(torch.func.grad(fn), draw(3))
+    assert_close64(torch.compile(fn, backend="eager")(dual(draw(3))).tangents, fn(dual(draw(3))).tangents)
+
+
+def test_a_number_under_no_grad_in_a_pass_is_a_constant_as_in_training():
+    class Model(torch.nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            with torch.no_grad():
+                half = torch.full((2,), x.mean()) * 0.5
+            return x + half
+
+    model = Model(4, 2)
+    frog.ForwardGradient(model, F.mse_loss, k=2, perturb="weight")(torch.ones(5, 4), torch.zeros(5, 2))
+    assert model.weight.grad is not None
 
 
 @pytest.mark.parametrize("make", [torch.zeros, lambda n: torch.nn.Parameter(torch.zeros(n))])

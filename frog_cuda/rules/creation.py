@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import DispatchKey
+from torch.utils._pytree import tree_leaves
 
 from .. import stopping
 from ..dual import DualTensor, _make, aten, called_from, rule
-from .helpers import common_k, low_dtype, parts, wrap
+from .helpers import common_k, low_dtype, number, parts, wrap
 
 _aten = torch.ops.aten
 
@@ -27,7 +28,7 @@ def _overloads(*names: str) -> list[Any]:
         "logical_and", "logical_or", "logical_xor", "logical_not", "argmax", "argmin", "argsort", "allclose", "isclose"
     ),
     *_overloads("nonzero", "count_nonzero", "bucketize", "searchsorted", "multinomial", "any", "all", "is_nonzero", "isin"),
-    *_overloads("floor", "ceil", "round", "trunc", "fix", "sign", "floor_divide", "item", "_local_scalar_dense"),
+    *_overloads("floor", "ceil", "round", "trunc", "fix", "sign", "floor_divide"),
     *_overloads("rand_like", "randn_like", "randint_like", "bernoulli", "poisson", "histc", "is_same_size"),
     *_overloads("normal"),
     _aten.detach.default,
@@ -101,15 +102,54 @@ def _python_function(name: str) -> RuntimeError:
     )
 
 
-@rule(torch.Tensor.__float__, torch.Tensor.__complex__)
-def number(x: DualTensor) -> Any:
-    """Asked for by ``torch.tensor([x, 2.0])``, that is below the dispatcher, where a DualTensor has no memory to read from."""
-    if not torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.Python):
-        return NotImplemented
-    raise RuntimeError(
-        f"torch.tensor{called_from()}: a DualTensor in a list of numbers, of which a constant is made: its tangents would be "
+def _number(read: Any) -> Any:
+    def body(x: DualTensor) -> Any:
+        """Asked for by ``torch.tensor([x, 2.0])`` below the dispatcher, where a DualTensor has no memory to read from."""
+        if torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.Python):
+            raise _in_a_list("torch.tensor")
+        return read(x._primal)
+
+    return body
+
+
+def _in_a_list(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name}{called_from()}: a DualTensor in a list of numbers, of which a constant is made: its tangents would be "
         "lost; use torch.stack(), or .item() if that is meant"
     )
+
+
+for _name in ("item", "__float__", "__complex__", "__int__", "__index__"):
+    rule(getattr(torch.Tensor, _name))(_number(getattr(torch.Tensor, _name)))
+
+
+@aten(*_overloads("item", "_local_scalar_dense"))
+def scalar(func: Any, x: Any) -> Any:
+    """What reads a number by name does not come here, but a DualTensor where PyTorch's functions take a number does."""
+    if stopping.stopped() or _read_within_torch():
+        return func(x._primal)
+    raise RuntimeError(
+        f"a DualTensor{called_from()} as an argument that is a number, such as alpha or eps: its tangents would be lost; pass "
+        ".item() if that is meant, or compute with tensor operations"
+    )
+
+
+def _read_within_torch() -> bool:
+    """Whether torch.func or torch.compile runs, inside which ``.item()``, too, goes on without asking for a rule."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(("torch._functorch", "torch._dynamo")):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@rule(torch.Tensor.new_tensor, torch.Tensor.new)
+def new_tensor(x: Any, *data: Any, **kwargs: Any) -> Any:
+    given = [d for d in (*data, kwargs.get("data")) if isinstance(d, (list, tuple))]
+    if given and any(type(d) is DualTensor for d in tree_leaves(given)):
+        raise _in_a_list("new_tensor")
+    return NotImplemented
 
 
 @rule(torch.Tensor.requires_grad.__get__)  # type: ignore[attr-defined]
@@ -173,6 +213,7 @@ def a_dropout(func: Any, input: Any, p: float, train: bool) -> Any:
 
 def _dropped(x: Any, p: float, train: bool, inplace: bool) -> Any:
     value, tangents = parts(x)
+    p = number("p", p)
     if not train or p == 0 or tangents is None:
         return x if not train or p == 0 else NotImplemented
     # The same draws as torch.dropout makes for x, on any device

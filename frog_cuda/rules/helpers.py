@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dual import DualTensor, _k_mismatch, _make
+from ..dual import DualTensor, _k_mismatch, _make, called_from
 
 _linear_rows = torch.ops.frog_cuda.linear_rows.default
 
@@ -60,6 +60,16 @@ def wrap(primal: Tensor, tangents: Tensor | None, low: torch.dtype | None = None
 def constant(out: Tensor, k: int) -> Tensor:
     """``out`` with zero tangents that are not stored, so that others may be written into it; plain where k is 0."""
     return _make(out, None, k) if k and (out.is_floating_point() or out.is_complex()) else out
+
+
+def number(name: str, value: Any) -> float:
+    """An argument of a layer that the operators take as a number."""
+    if type(value) is DualTensor:
+        raise RuntimeError(
+            f"{name}{called_from()}: a DualTensor as an argument that is a number: its tangents would be lost; pass .item() if "
+            "that is meant, or compute with tensor operations"
+        )
+    return float(value)
 
 
 def lift(tangents: Tensor, out: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .. import ops
 from ..dual import DualTensor, _make, aten, rule
-from .helpers import FUSED_DTYPES
+from .helpers import FUSED_DTYPES, number
 
 _aten = torch.ops.aten
 # Rules run below autograd on plain tensors, so the guards of the public face have nothing to find here.
@@ -65,7 +65,7 @@ def _register_with(
 
     def values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, float]:
         given = [*args, *defaults[len(args) :]]
-        pair = [float(kwargs.get(n, v)) for n, v in zip(names, given, strict=True)]
+        pair = [number(n, kwargs.get(n, v)) for n, v in zip(names, given, strict=True)]
         return pair[0], pair[1] if len(pair) > 1 else 0.0
 
     def call(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ _register_with("hardtanh", {"min_val": -1.0, "max_val": 1.0}, [F.hardtanh], [F.h
 @aten(_aten.elu.default)
 def elu(func: Any, x: Any, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Any:
     # selu and celu come here with their own scales
-    return apply(x, _CODES["elu"], float(alpha)) if scale == 1 and input_scale == 1 else NotImplemented
+    return apply(x, _CODES["elu"], number("alpha", alpha)) if scale == 1 and input_scale == 1 else NotImplemented
 
 
 @rule(F.gelu)

@@ -2,12 +2,17 @@
 
 Tangents are a pure function of (seed, step), so an update of any number of parameters is known from k coefficients. Replaying a
 log needs neither data nor forward passes; a rank that lags behind, or a new one, needs nothing else to catch up.
+
+A file holds the name and version of the format; the header, JSON on one line; SHA-256 of that line in hexadecimal digits; the
+records, 16 + 4 k bytes each. Version 1 had no checksum of the header, so that a changed bit in the list of parameters gave
+other weights without a word; its logs are refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import zlib
@@ -26,7 +31,8 @@ from .weight import WeightPerturbation, padding_rows
 
 __all__ = ["SeedLog"]
 
-_MAGIC = b"frog_cuda seed log 1\n"
+_NAME, _VERSION = b"frog_cuda seed log ", b"2\n"
+_BASES = {False: ("normal", "rademacher", "standard_basis"), True: ("normal", "rademacher")}  # by whether there is a rank
 _HEAD = struct.Struct("<qII")  # seed, step, CRC-32 of seed, step and coefficients
 _KEYED = struct.Struct("<qI")
 
@@ -141,7 +147,7 @@ class SeedLog:
             raise RuntimeError(f"SeedLog: {names} took part, but in the steps before it was {self._names}")
         if self._fresh:
             line = json.dumps(self._header | {"taking_part": names}).encode() + b"\n"
-            self._file.write(_MAGIC + line)
+            self._file.write(_NAME + _VERSION + line + _digest(line))
             self._fresh = False
         self._names = names
         c = (-sgd.lr * estimate.base_coefficients).float().cpu()
@@ -254,20 +260,79 @@ def _pack(record: Record) -> bytes:
     return _HEAD.pack(record.seed, record.step, zlib.crc32(keyed + values)) + values
 
 
+def _digest(line: bytes) -> bytes:
+    return hashlib.sha256(line).hexdigest().encode() + b"\n"
+
+
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header, and where the records begin."""
+    """The header, and where the records begin.
+
+    Raises:
+        ValueError: the file is no log, of another version, or damaged; names it.
+    """
     with path.open("rb") as file:
-        if file.readline() != _MAGIC:
+        if file.read(len(_NAME)) != _NAME:
             raise ValueError(f"SeedLog: {path} is no seed log")
+        version = file.read(len(_VERSION))
+        if version != _VERSION:
+            found = repr(version.decode("latin-1").rstrip("\n"))
+            raise ValueError(
+                f"SeedLog: {path} is of version {found} of the format; expected version '2'. Version 1 had no checksum of its "
+                "header; what was logged in it is replayed by the version of frog_cuda that wrote it"
+            )
         line = file.readline()
+        if file.read(len(_digest(b""))) != _digest(line):
+            raise ValueError(f"SeedLog: {path} is damaged: its header does not match its checksum")
         try:
-            header = json.loads(line)
-        except json.JSONDecodeError as error:
+            header = json.loads(line.decode())
+        except ValueError as error:  # no UTF-8, or no JSON
             raise ValueError(f"SeedLog: {path} is damaged: its header cannot be read ({error})") from None
-        missing = {"k", "tangents", "parameters", "total", "initial", "taking_part"} - set(header)
-        if missing:
-            raise ValueError(f"SeedLog: {path} is damaged: its header lacks {', '.join(sorted(missing))}")
+        if wrong := _wrong(header):
+            raise ValueError(f"SeedLog: {path} is damaged: {wrong}")
         return header, file.tell()
+
+
+def _wrong(header: Any) -> str:
+    """What a header that matches its checksum says and no log can say, such as one that another program has written; or ""."""
+    if not isinstance(header, dict):
+        return f"its header is of type {type(header).__name__}; expected an object"
+    missing = {"k", "tangents", "parameters", "total", "initial", "taking_part"} - set(header)
+    if missing:
+        return f"its header lacks {', '.join(sorted(missing))}"
+    if not _is_count(header["k"]) or header["k"] < 1:
+        return f"k is {header['k']!r}; expected an integer >= 1"
+    tangents = header["tangents"]
+    if not isinstance(tangents, dict) or tangents.get("base") not in _BASES["rank" in tangents]:
+        return f"tangents is {tangents!r}; expected 'base', one of {', '.join(_BASES[True])}, or standard_basis without 'rank'"
+    if "rank" in tangents and (not _is_count(tangents["rank"]) or tangents["rank"] < 1):
+        return f"the rank of tangents is {tangents['rank']!r}; expected an integer >= 1"
+    parameters, names, offset = header["parameters"], [], 0
+    if not isinstance(parameters, list) or not parameters:
+        return f"parameters is {parameters!r}; expected a list of some"
+    for entry in parameters:
+        if not (isinstance(entry, list) and len(entry) == 3 and isinstance(entry[0], str) and isinstance(entry[1], list)):
+            return f"a parameter is {entry!r}; expected name, shape and offset"
+        name, shape, start = entry
+        if not all(map(_is_count, shape)):
+            return f"parameter {name} has shape {shape!r}; expected integers >= 0"
+        if not _is_count(start) or start != offset:
+            return f"parameter {name} begins at {start!r}; expected {offset}, where the one before it ends"
+        names.append(name)
+        offset += math.prod(shape)
+    if len(set(names)) < len(names):
+        return "two parameters have one name"
+    if not _is_count(header["total"]) or header["total"] != offset:
+        return f"total is {header['total']!r}, but its parameters have {offset} elements"
+    if not isinstance(header["initial"], str):
+        return f"initial is {header['initial']!r}; expected a checksum"
+    taking_part = header["taking_part"]
+    if not isinstance(taking_part, list) or [name for name in names if name in taking_part] != taking_part:
+        return f"taking_part is {taking_part!r}; expected some of the parameters, in their order"
+    return ""
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _describe(distribution: Distribution) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import re
 
 import pytest
@@ -206,7 +208,11 @@ def test_damage_is_named(tmp_path):
     with SeedLog(path, estimator(net())) as log:
         run(log, 3)
     sound = path.read_bytes()
-    for at, said in ((-30, "record 1 does not match its checksum"), (3, "is no seed log"), (25, "header cannot be read|lacks")):
+    for at, said in (
+        (-30, "record 1 does not match its checksum"),
+        (3, "is no seed log"),
+        (25, "header does not match its check"),
+    ):
         damaged = bytearray(sound)
         damaged[at] ^= 0x55
         path.write_bytes(damaged)
@@ -214,3 +220,92 @@ def test_damage_is_named(tmp_path):
             SeedLog.replay(path, net())
     path.write_bytes(sound[:-1])
     assert SeedLog.replay(path, net()) == 2
+
+
+def with_header(sound: bytes, line: bytes) -> bytes:
+    """A log with another header, and the checksum of that."""
+    name, _, _, records = sound.split(b"\n", 3)
+    return b"\n".join((name, line, hashlib.sha256(line + b"\n").hexdigest().encode(), records))
+
+
+def test_every_bit_of_the_header_counts(tmp_path):
+    path = tmp_path / "log"
+    fg = frog.ForwardGradient(nn.Linear(2, 1), nn.MSELoss(), k=1, perturb="weight")
+    with SeedLog(path, fg) as log:
+        start = copy.deepcopy(fg.model)
+        log.fg.derivatives(torch.ones(1, 2), torch.zeros(1, 1))
+        log.update_(0.1)
+    sound = path.read_bytes()
+    for bit in range(8 * (len(sound) - (16 + 4))):
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            SeedLog.replay(path, start)
+    path.write_bytes(sound)
+    assert SeedLog.replay(path, start) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(k=True), "k is True; expected an integer >= 1"),
+        (dict(k=0), "k is 0"),
+        (dict(tangents={}), "tangents is {}; expected 'base'"),
+        (dict(tangents={"base": "sphere"}), "tangents is {'base': 'sphere'}"),
+        (dict(tangents={"base": "standard_basis", "rank": 1}), "tangents is .*'standard_basis', 'rank': 1}"),
+        (dict(tangents={"base": "normal", "rank": 1.5}), "the rank of tangents is 1.5"),
+        (dict(tangents=["base"]), r"tangents is \['base'\]"),
+        (dict(parameters=[]), r"parameters is \[\]"),
+        (dict(parameters=[["0.weight", [9, 5]]]), "a parameter is .*; expected name, shape and offset"),
+        (dict(parameters=[["0.weight", [9, -5], 0]]), r"parameter 0.weight has shape \[9, -5\]"),
+        (dict(parameters=[["0.weight", [9, 5], 1]]), "parameter 0.weight begins at 1; expected 0"),
+        (dict(parameters=[["a", [9, 5], 0], ["b", [9], 44]]), "parameter b begins at 44; expected 45"),
+        (dict(parameters=[["a", [9, 5], 0], ["a", [9], 45]]), "two parameters have one name"),
+        (dict(total=85), "total is 85, but its parameters have 84 elements"),
+        (dict(initial=3), "initial is 3"),
+        (dict(taking_part=["0.veight"]), r"taking_part is \['0.veight'\]; expected some of the parameters, in their order"),
+        (dict(taking_part=["0.bias", "0.weight"]), "taking_part is"),
+        (dict(taking_part=3), "taking_part is 3"),
+    ],
+    ids=str,
+)
+def test_a_header_that_no_log_has(tmp_path, change, said):
+    path = tmp_path / "log"
+    with SeedLog(path, estimator(net())) as log:
+        run(log, 1)
+    sound = path.read_bytes()
+    header = json.loads(sound.split(b"\n")[1])
+    path.write_bytes(with_header(sound, json.dumps(header | change).encode()))
+    for use in (lambda: SeedLog.replay(path, net()), lambda: SeedLog(path, estimator(net()))):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged: {said}"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"3", "is of type int; expected an object"),
+        (b"null", "is of type NoneType"),
+        (b"[]", "is of type list"),
+        (b'{"k": 3}', "lacks initial, parameters, taking_part, tangents, total"),
+        (b'{"k": "\xff"}', "cannot be read"),
+        (b"{", "cannot be read"),
+    ],
+    ids=str,
+)
+def test_a_header_of_another_kind(tmp_path, line, said):
+    path = tmp_path / "log"
+    with SeedLog(path, estimator(net())) as log:
+        run(log, 1)
+    path.write_bytes(with_header(path.read_bytes(), line))
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged: its header {said}"):
+        SeedLog.replay(path, net())
+
+
+def test_logs_of_another_version_are_refused(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"frog_cuda seed log 1\n{}\n")
+    for use in (lambda: SeedLog.replay(path, net()), lambda: SeedLog(path, estimator(net()))):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))} is of version '1' of the format; expected version '2'"):
+            use()

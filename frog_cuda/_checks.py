@@ -49,6 +49,15 @@ def check_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def check_integer(name: str, value: Any, low: int, high: int, bound: str) -> int:
+    """An integer in [low, high]; ``bound`` says in words where ``high`` comes from."""
+    expected = f"an integer in [{low}, {high}] ({bound})"
+    value = _integer(name, value, expected)
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; expected {expected}")
+    return value
+
+
 def check_seed(value: Any) -> int:
     """Any 64-bit integer, signed or unsigned, as a signed one."""
     value = _integer("seed", value, "a 64-bit integer")

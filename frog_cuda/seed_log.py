@@ -17,12 +17,14 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_integer
 from .distributions import Distribution, Guided, LowRank, StandardBasis, Supplied
 from .forward_gradient import ForwardGradient
 from .sgd import Sgd
@@ -171,13 +173,18 @@ class SeedLog:
         Arguments:
             path: of a log.
             model: with ``start=0``, holding the run's initial weights, which is checked.
-            start, stop: numbers of records; ``stop=None`` means all that are complete.
+            start, stop: numbers of records, 0 <= start <= stop; ``stop=None`` means all that are complete.
         Returns:
             the number of records applied.
         Raises:
-            ValueError: the file is no log or is damaged, the model's parameters are others, or do not hold the initial weights.
+            TypeError: an argument is of another type.
+            ValueError: the file is no log or is damaged (records before a damaged one were applied), there are no such records,
+                or the model's parameters are others or do not hold the initial weights.
         """
-        header, _ = _read_header(Path(path))
+        header, begin = _read_header(Path(path))
+        complete = (Path(path).stat().st_size - begin) // _record_size(header["k"])
+        stop = complete if stop is None else check_integer("stop", stop, 0, complete, f"the complete records of {path}")
+        start = check_integer("start", start, 0, stop, f"stop={stop}")
         own = dict(model.named_parameters())
         fixed = padding_rows(model)
         pieces = [Piece(name, tuple(shape), offset, fixed.get(name)) for name, shape, offset in header["parameters"]]
@@ -189,16 +196,11 @@ class SeedLog:
         if start == 0 and checksum(parameters) != header["initial"]:
             raise ValueError(f"SeedLog: the model does not hold the initial weights of {path}")
         distribution, used = _restore(header["tangents"]), [p for p in pieces if p.name in header["taking_part"]]
-        device, count = next(iter(parameters.values())).device, 0
-        for i, record in enumerate(records(Path(path))):
-            if i < start:
-                continue
-            if stop is not None and i >= stop:
-                break
+        device = next(iter(parameters.values())).device
+        for record in islice(records(Path(path)), start, stop):
             drawn = TangentSet(distribution, header["k"], record.seed, record.step, device, header["total"], pieces)
             _apply(drawn, used, parameters, record.coefficients)
-            count += 1
-        return count
+        return stop - start
 
 
 def records(path: Path) -> Iterator[Record]:
@@ -211,7 +213,7 @@ def records(path: Path) -> Iterator[Record]:
     size = _record_size(header["k"])
     with path.open("rb") as file:
         file.seek(start)
-        for i in range(2**62):
+        for i in count():
             raw = file.read(size)
             if len(raw) < size:
                 return

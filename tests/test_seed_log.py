@@ -74,6 +74,47 @@ def test_what_lags_behind_catches_up(tmp_path):
         assert SeedLog.replay(path, twin, start=7) == 3 and equal(twin, seen[10])
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        (dict(start=-1), ValueError, r"start is -1; expected an integer in \[0, 3\] \(stop=3\)"),
+        (dict(start=4), ValueError, r"start is 4; expected an integer in \[0, 3\]"),
+        (dict(start=3, stop=1), ValueError, r"start is 3; expected an integer in \[0, 1\] \(stop=1\)"),
+        (dict(start=1.5), TypeError, "start is 1.5 of type float; expected an integer"),
+        (dict(start=True), TypeError, "start is True of type bool"),
+        (dict(start=None), TypeError, "start is None of type NoneType"),
+        (dict(stop=4), ValueError, r"stop is 4; expected an integer in \[0, 3\] \(the complete records of .*log\)"),
+        (dict(stop=-1), ValueError, "stop is -1; expected an integer"),
+        (dict(stop="x"), TypeError, "stop is 'x' of type str; expected an integer"),
+        (dict(stop=2.0), TypeError, "stop is 2.0 of type float"),
+    ],
+    ids=str,
+)
+def test_records_that_there_are_not(tmp_path, options, error, said):
+    path, twin = tmp_path / "log", net()
+    with SeedLog(path, estimator(net())) as log:
+        seen = run(log, 3)
+    with path.open("ab") as file:
+        file.write(b"cut short")
+    with pytest.raises(error, match=said):
+        SeedLog.replay(path, twin, **options)
+    assert equal(twin, seen[0])
+    assert SeedLog.replay(path, twin, stop=0) == 0 and SeedLog.replay(path, twin, start=3) == 0 and equal(twin, seen[0])
+    assert SeedLog.replay(path, twin, start=torch.arange(1).numpy()[0], stop=3) == 3 and equal(twin, seen[-1])
+
+
+def test_what_lies_behind_stop_is_not_read(tmp_path):
+    path, twin = tmp_path / "log", net()
+    with SeedLog(path, estimator(net())) as log:
+        seen = run(log, 3)
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    assert SeedLog.replay(path, twin, stop=2) == 2 and equal(twin, seen[2])
+    with pytest.raises(ValueError, match="record 2 does not match its checksum"):
+        SeedLog.replay(path, twin, start=2)
+
+
 def test_the_update_is_that_of_the_estimate(tmp_path):
     with SeedLog(tmp_path / "log", estimator(net().double())) as log:
         plain = estimator(net().double())

@@ -7,6 +7,7 @@ import numbers
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,13 @@ def check_step(value: Any) -> int:
     if not 0 <= value < 2**32:
         raise ValueError(f"step is {value}; expected an integer in [0, 2^32)")
     return value
+
+
+def check_path(name: str, value: Any) -> Path:
+    """Of a file or a folder, there or not."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} is {value!r} of type {type(value).__name__}; expected a path, a str or an os.PathLike")
+    return Path(value)
 
 
 def _integer(name: str, value: Any, expected: str) -> int:

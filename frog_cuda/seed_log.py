@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_integer
+from ._checks import check_integer, check_path
 from .distributions import Distribution, Guided, LowRank, StandardBasis, Supplied
 from .forward_gradient import ForwardGradient
 from .sgd import Sgd
@@ -63,6 +63,7 @@ class SeedLog:
         truncate: drop the records from ``fg.step`` on, where a checkpoint lags behind the log and its steps are taken again.
             With ``fg`` at the log's first step, all of them: the log starts anew.
     Raises:
+        TypeError: ``path`` is no path, or ``fg`` no ForwardGradient.
         ValueError: activities are perturbed, tangents are supplied or guided, or the file there is no log, is damaged,
             belongs to other parameters, another k or other tangents, or does not end before ``fg.step``; the message says
             which.
@@ -83,6 +84,11 @@ class SeedLog:
     """
 
     def __init__(self, path: str | os.PathLike[str], fg: ForwardGradient, *, truncate: bool = False) -> None:
+        path = check_path("path", path)
+        if not isinstance(fg, ForwardGradient):
+            raise TypeError(
+                f"fg is of type {type(fg).__name__}; expected a ForwardGradient, such as the attribute fg of a TangentParallel"
+            )
         method = fg._method
         if not isinstance(method, WeightPerturbation):
             raise ValueError("SeedLog: only for perturb='weight'; gradients of perturbed activities are not replayed")
@@ -90,7 +96,7 @@ class SeedLog:
             raise ValueError("SeedLog: supplied tangents cannot be replayed from a seed")
         if isinstance(fg.distribution, Guided):
             raise ValueError("SeedLog: the vectors of Guided tangents cannot be replayed from a seed")
-        self.fg, self._method, self.path = fg, method, Path(path)
+        self.fg, self._method, self.path = fg, method, path
         self._names: list[str] | None = None  # of the parameters that take part, once known
         header = {
             "k": fg.k,
@@ -181,8 +187,11 @@ class SeedLog:
             ValueError: the file is no log or is damaged (records before a damaged one were applied), there are no such records,
                 or the model's parameters are others or do not hold the initial weights.
         """
-        header, begin = _read_header(Path(path))
-        complete = (Path(path).stat().st_size - begin) // _record_size(header["k"])
+        path = check_path("path", path)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
+        header, begin = _read_header(path)
+        complete = (path.stat().st_size - begin) // _record_size(header["k"])
         stop = complete if stop is None else check_integer("stop", stop, 0, complete, f"the complete records of {path}")
         start = check_integer("start", start, 0, stop, f"stop={stop}")
         own = dict(model.named_parameters())
@@ -197,7 +206,7 @@ class SeedLog:
             raise ValueError(f"SeedLog: the model does not hold the initial weights of {path}")
         distribution, used = _restore(header["tangents"]), [p for p in pieces if p.name in header["taking_part"]]
         device = next(iter(parameters.values())).device
-        for record in islice(records(Path(path)), start, stop):
+        for record in islice(records(path), start, stop):
             drawn = TangentSet(distribution, header["k"], record.seed, record.step, device, header["total"], pieces)
             _apply(drawn, used, parameters, record.coefficients)
         return stop - start

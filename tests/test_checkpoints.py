@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -90,9 +91,20 @@ def test_nothing_is_run_from_a_file(tmp_path, monkeypatch):
     assert not (tmp_path / "made").exists() and names(checkpoints.folder) == []
 
 
+@pytest.mark.parametrize("value", [lambda: 0, threading.Lock(), torch.nn.Linear(2, 2)], ids=["function", "lock", "module"])
+def test_what_is_no_tensor_and_no_container_is_refused(tmp_path, value):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(1))
+    with pytest.raises(TypeError, match="holds more than tensors and plain containers"):
+        checkpoints.save(2, {"model": [value]})
+    assert names(tmp_path) == ["step-0000000001.ckpt"]
+
+
 @pytest.mark.parametrize(("keep", "error"), [(1, ValueError), (0, ValueError), (2.0, TypeError)])
 def test_bad_arguments(tmp_path, keep, error):
     with pytest.raises(error, match=f"keep is {keep}"):
         Checkpoints(tmp_path, keep=keep)
+    with pytest.raises(TypeError, match="folder is 3 of type int; expected a path"):
+        Checkpoints(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="step is -1"):
         Checkpoints(tmp_path).save(-1, {})

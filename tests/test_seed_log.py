@@ -244,6 +244,21 @@ def test_bad_use_is_named(tmp_path):
         SeedLog.replay(path, other)
 
 
+def test_bad_types_are_named(tmp_path):
+    path = tmp_path / "log"
+    with pytest.raises(TypeError, match="fg is of type int; expected a ForwardGradient, such as the attribute fg of a Tang"):
+        SeedLog(path, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="path is 3 of type int; expected a path"):
+        SeedLog(3, estimator(net()))  # type: ignore[arg-type]
+    assert not path.exists()
+    with SeedLog(str(path), estimator(net())) as log:
+        run(log, 1)
+    with pytest.raises(TypeError, match="model is of type int; expected a torch.nn.Module"):
+        SeedLog.replay(path, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="path is None of type NoneType; expected a path"):
+        SeedLog.replay(None, net())  # type: ignore[arg-type]
+
+
 def test_damage_is_named(tmp_path):
     path = tmp_path / "log"
     with SeedLog(path, estimator(net())) as log:

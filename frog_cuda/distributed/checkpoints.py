@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 
-from .._checks import check_count, check_step
+from .._checks import check_count, check_path, check_step
 from .._files import replacing
 
 __all__ = ["Checkpoints"]
 
 _MAGIC = b"frog_cuda checkpoint 1\n"
+_MORE = "holds more than tensors and plain containers"
 _NAME = re.compile(r"step-(\d{10})\.ckpt")
 
 
@@ -34,7 +36,7 @@ class Checkpoints:
         folder: made where it is not there.
         keep: how many of the newest stay; at least 2, so that one is left where the last is damaged.
     Raises:
-        TypeError, ValueError: keep is no integer >= 2.
+        TypeError, ValueError: folder is no path, or keep no integer >= 2.
 
     >>> import tempfile
     >>> checkpoints = Checkpoints(tempfile.mkdtemp())
@@ -47,7 +49,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder), check_count("keep", keep)
+        self.folder, self.keep = check_path("folder", folder), check_count("keep", keep)
         if self.keep < 2:
             raise ValueError(f"keep is {keep}; expected an integer >= 2")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -58,11 +60,15 @@ class Checkpoints:
         Removes what is too old, and what has a later number: it was damaged, or belongs to steps that are being taken again.
 
         Raises:
-            TypeError: ``state`` holds something else than tensors and plain containers, and could not be read again.
+            TypeError: ``state`` holds something else than tensors and plain containers, and could not be written or not be read
+                again. Nothing is written or removed then.
         """
         path = self.folder / f"step-{check_step(step):010d}.ckpt"
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        try:
+            torch.save(state, buffer)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:  # by what it is that has no pickle
+            raise TypeError(f"Checkpoints: state {_MORE} ({error})") from error
         content = buffer.getvalue()
         _read(content, path)
         with replacing(path, on_disk=True) as file:
@@ -100,4 +106,4 @@ def _read(content: bytes, path: Path) -> Any:
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise TypeError(f"Checkpoints: {path.name} holds more than tensors and plain containers ({error})") from error
+        raise TypeError(f"Checkpoints: {path.name} {_MORE} ({error})") from error

@@ -109,6 +109,8 @@ def test_warnings_show_the_line_of_the_call(alone):
         (dict(timeout=0), ValueError, "timeout is 0"),
         (dict(timeout="60"), ValueError, "timeout is '60'"),
         (dict(mesh="cpu"), TypeError, "mesh is of type str"),
+        (dict(group=3), TypeError, "group is of type int; expected a torch.distributed.ProcessGroup"),
+        (dict(group=dist.GroupMember.NON_GROUP_MEMBER), RuntimeError, "this process, rank 0, is not part of the group"),
     ],
     ids=lambda v: str(v)[:30],
 )

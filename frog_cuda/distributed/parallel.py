@@ -435,6 +435,10 @@ def _grid(mesh: DeviceMesh | None, group: dist.ProcessGroup | None) -> tuple[lis
     if mesh is not None and group is not None:
         raise ValueError("mesh and group were both given; expected one of them, or none")
     if mesh is None:
+        if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group gives those it leaves out, an int
+            raise RuntimeError(f"TangentParallel: this process, rank {here}, is not part of the group")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group is of type {type(group).__name__}; expected a torch.distributed.ProcessGroup")
         ranks = dist.get_process_group_ranks(group) if group is not None else list(range(dist.get_world_size()))
         grid = torch.tensor([ranks])
     else:

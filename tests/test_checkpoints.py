@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_damaged_one_is_passed_over(tmp_path, damage):
     if damage == "a bit":
         raw[len(raw) // 2] ^= 1
     path.write_bytes({"truncated": raw[:-7], "empty": b"", "another file": b"PK" + bytes(raw)}.get(damage, bytes(raw)))
-    with pytest.warns(UserWarning, match=r"step-0000000002\.ckpt is damaged"):
+    with pytest.warns(UserWarning, match=r"step-0000000002\.ckpt is damaged \(\d+ bytes\); step-0000000001\.ckpt, an"):
         step, found = checkpoints.load()
     assert step == 1 and torch.equal(found["weight"], torch.ones(3))
     checkpoints.save(2, state(2))
@@ -52,10 +53,32 @@ def test_every_length_of_a_truncated_one_is_noticed(tmp_path):
     raw = path.read_bytes()
     for length in range(0, len(raw), 97):
         path.write_bytes(raw[:length])
-        with pytest.warns(UserWarning, match="is damaged"):
-            assert checkpoints.load() is None
+        with pytest.raises(ValueError, match="is damaged"):
+            checkpoints.load()
     path.write_bytes(raw)
     assert checkpoints.load() is not None
+
+
+def test_a_run_does_not_begin_anew_where_all_are_damaged(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, state(step)).write_bytes(b"x" * step)
+    said = r"step-0000000002\.ckpt is damaged \(2 bytes\), .*step-0000000001\.ckpt is damaged \(1 bytes\); no other is left"
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=said):
+        warnings.simplefilter("error")  # none says that another one is used
+        checkpoints.load()
+    for step in (1, 2):
+        (tmp_path / f"step-{step:010d}.ckpt").unlink()
+    assert checkpoints.load() is None
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    (tmp_path / "step-0000000009.ckpt").mkdir()
+    assert checkpoints.load() is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step))
+    assert checkpoints.load()[0] == 3 and (tmp_path / "step-0000000009.ckpt").is_dir()
 
 
 def test_going_back_removes_what_came_later(tmp_path):

@@ -27,7 +27,8 @@ class Checkpoints:
     """Numbered checkpoints in a folder.
 
     A checkpoint is written beside its place, forced to the disk and then renamed, so that a name never stands for a part of
-    it. It carries its SHA-256; one that does not match, such as a truncated one, is passed over and the one before it used.
+    it. It carries its SHA-256; one that does not match, such as a truncated one, is passed over and the one before it used, or
+    an error raised where there is no other.
     Contents are tensors and plain containers: they are read with ``weights_only=True``, which runs no code from a file.
 
     One process writes (under :class:`TangentParallel` all hold the same parameters), every one reads.
@@ -79,23 +80,33 @@ class Checkpoints:
         return path
 
     def load(self) -> tuple[int, Any] | None:
-        """``(step, state)`` of the newest checkpoint that is whole, tensors on the CPU; None where there is none.
+        """``(step, state)`` of the newest checkpoint that is whole, tensors on the CPU; None where there is none at all.
 
-        Warns of each damaged one that is passed over.
+        Warns of damaged ones that are passed over.
+
+        Raises:
+            ValueError: all that are there are damaged. The run would otherwise begin again without a word.
         """
+        damaged: list[str] = []
         for step in self._steps():
             path = self._path(step)
             head, raw = len(_MAGIC) + 32, path.read_bytes()
             content = raw[head:]
             if not raw.startswith(_MAGIC) or hashlib.sha256(content).digest() != raw[len(_MAGIC) : head]:
-                warnings.warn(f"Checkpoints: {path} is damaged ({len(raw)} bytes); the one before it is used", stacklevel=2)
+                damaged.append(f"{path} is damaged ({len(raw)} bytes)")
                 continue
+            for one in damaged:
+                warnings.warn(f"Checkpoints: {one}; {path.name}, an earlier one, is used", stacklevel=2)
             return step, _read(content, path)
+        if damaged:
+            raise ValueError(
+                f"Checkpoints: {', '.join(damaged)}; no other is left. To begin anew, remove them or take another folder"
+            )
         return None
 
     def _steps(self) -> list[int]:
         """Newest first."""
-        found = (_NAME.fullmatch(p.name) for p in self.folder.iterdir())
+        found = (_NAME.fullmatch(p.name) for p in self.folder.iterdir() if not p.is_dir())
         return sorted((int(m[1]) for m in found if m), reverse=True)
 
     def _path(self, step: int) -> Path:

@@ -11,6 +11,7 @@ that the stages exchange beyond activations; each then forms the gradient of its
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,7 @@ from torch.func import functional_call
 import frog_cuda as frog
 from frog_cuda import ops
 from frog_cuda.dual import SampledTangents
+from frog_cuda.experiments.options import positive
 
 
 def stages(width: int = 32, seed: int = 0) -> list[nn.Sequential]:
@@ -104,16 +106,22 @@ class Stage:
 def main(arguments: list[str] | None = None) -> list[float]:
     """Trains on random data that the net can learn by heart; returns the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--micro-batches", type=int, default=4)
-    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--k", type=positive, default=16)
+    parser.add_argument("--steps", type=positive, default=50)
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--micro-batches", type=positive, default=4)
+    parser.add_argument("--width", type=positive, default=32)
     options = parser.parse_args(arguments)
+    parts = stages(options.width)
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    if world != len(parts):
+        parser.error(
+            f"the number of processes is {world}; expected {len(parts)}, one for each stage. Start with "
+            f"torchrun --standalone --nproc-per-node={len(parts)} examples/pipeline.py"
+        )
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     rank = dist.get_rank()
-    parts = stages(options.width)
     offset = sum(p.numel() for part in parts[:rank] for p in part.parameters())
     stage = Stage(parts[rank], offset, options.width if rank else None, k=options.k)
     optimizer = torch.optim.Adam(stage.module.parameters(), lr=0.03)

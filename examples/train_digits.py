@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -32,24 +33,41 @@ from torch.distributed.device_mesh import init_device_mesh
 import frog_cuda as frog
 from frog_cuda.distributed import Checkpoints, TangentParallel
 from frog_cuda.experiments import digits, models
+from frog_cuda.experiments.options import positive
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of losses.txt and the checkpoints; read by every rank")
     parser.add_argument("--model", choices=("fc", "resnet18"), default="fc")
-    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--width", type=positive, default=64)
     parser.add_argument("--perturb", choices=("activity", "weight"), default="activity")
-    parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=64, help="rows of a step, over all data shards")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--lr", type=float, default=0.003)
+    parser.add_argument("--k", type=positive, default=16)
+    parser.add_argument("--batch", type=positive, default=64, help="rows of a step, over all data shards")
+    parser.add_argument("--steps", type=positive, default=500)
+    parser.add_argument("--lr", type=above_zero, default=0.003)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint-every", type=int, default=50)
-    parser.add_argument("--data-shards", type=int, default=1)
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a silent rank counts as lost")
+    parser.add_argument("--checkpoint-every", type=positive, default=50)
+    parser.add_argument("--data-shards", type=positive, default=1)
+    parser.add_argument("--timeout", type=above_zero, default=60.0, help="seconds after which a silent rank counts as lost")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    if options.batch > (n := len(digits.load().train_y)):
+        parser.error(f"argument --batch: {options.batch} is more than the {n} images to train on")
+    if options.batch % options.data_shards:
+        parser.error(f"argument --batch: {options.batch} rows do not divide evenly into --data-shards {options.data_shards}")
+    if world % options.data_shards:
+        parser.error(f"argument --data-shards: {world}, the number of processes, is no multiple of {options.data_shards}")
+    return options
+
+
+def above_zero(text: str) -> float:
+    """A finite number > 0, for ``type=`` of an option."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number > 0")
+    return value
 
 
 def batch_of(step: int, size: int, data: digits.Digits, seed: int) -> tuple[Tensor, Tensor]:

@@ -40,17 +40,18 @@ def case_training():
     for name, more in (
         ("fc", ["16"]),
         ("weight", ["16", "--perturb", "weight"]),
-        ("resnet18", ["4", "--model", "resnet18"]),
+        ("resnet18", ["4", "--model", "resnet18"]),  # its rows have tangents of their own, which do not go with shards
+        ("resnet18-weight", ["4", "--model", "resnet18", "--perturb", "weight"]),
     ):
         several = train(name, *more)
-        sharded = train(f"{name}-shards", *more, "--data-shards", "2")
+        sharded = train(f"{name}-shards", *more, "--data-shards", "2") if name != "resnet18" else None
         if dist.get_rank() == 0:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(dist, "is_initialized", lambda: False)
                 patch.setattr(dist, "barrier", lambda: None)
                 alone = train(f"{name}-alone", *more)
             assert len(losses(several)) == 4 and losses(several) == losses(alone)
-            if name != "resnet18":  # BatchNorm normalises each shard by itself
+            if sharded is not None and "resnet18" not in name:  # BatchNorm normalises each shard by itself
                 assert losses(sharded) == pytest.approx(losses(alone), rel=1e-3)
         dist.barrier()
     if dist.get_rank() == 0:

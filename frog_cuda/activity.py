@@ -8,6 +8,7 @@ Flügel et al., arXiv 2410.17764, section 4.4.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from . import ops
 from ._checks import flat, warn
 from ._deferred import deferring
+from ._recording import recording
 from .aggregate import Aggregate, Custom
 from .custom_functions import intercepted
 from .dual import perturbed, perturbed_, primal_of
@@ -28,9 +30,9 @@ from .functional import RandomNumbers
 from .hooks import Perturb, hooked, returns_what_is_new
 from .layers import Group
 from .local import local_gradient
-from .rerun import Call, Finished, local_gradients, snapshot
+from .rerun import Call, Finished, local_gradients, mark, snapshot
 from .rows import check_apart, check_numbers, doubtful, using_batch_statistics
-from .segments import AT_ONCE, Segment, Trace, blocks, grams, joined, sample_grams, shared_gram
+from .segments import AT_ONCE, Segment, Trace, alike, blocks, grams, joined, require_alike, sample_grams, shared_gram
 from .share import ALONE, Share
 from .tangents import Distribution, LowRank, Piece, StandardBasis, Supplied, TangentSet
 from .weight import Inputs, Step, check_parameters, forget_duals, keeping_modules
@@ -382,76 +384,90 @@ class ActivityPerturbation:
                 f"cuda_graph: {names} have no closed-form gradient and run a second time, but draw random numbers (dropout), "
                 "which a graph cannot repeat; use cuda_graph=False"
             )
-        calls: dict[Call, list[Tensor]] = {}
-        others: dict[int, Tensor] = {}
-        for i, g in wanted:
+        gradients = dict(wanted)
+        calls: dict[Call, list[int]] = {}
+        others: list[int] = []
+        for i in gradients:
             call = segments[i].call
-            if call is None:
-                others[i] = g
-            else:
-                calls.setdefault(call, []).append(g)
-        draws = []
-        for call, gradients in calls.items():
-            outputs = self._again(call)
-            found = local_gradients(outputs, gradients, call.group.parameters)
-            yield from ((p, g) for p, g in zip(call.group.parameters, found, strict=True) if g is not None)
+            (others if call is None else calls.setdefault(call, [])).append(i)
+        draws, checked, runs = [], [], []
+
+        def local(
+            numbers: list[int], again: tuple[list[Tensor], list[Tensor]], parameters: list[Tensor]
+        ) -> Iterator[tuple[Tensor, Tensor]]:
+            own, received, outputs = [segments[i] for i in numbers], [gradients[i] for i in numbers], again[0]
+            runs.extend(alike(own, received, *again))
+            checked.extend(own)
+            found = local_gradients(outputs, received, parameters)
+            yield from ((p, g) for p, g in zip(parameters, found, strict=True) if g is not None)
+
+        for call, numbers in calls.items():
+            yield from local(numbers, self._again(call), call.group.parameters)
             draws.append(call.draws_numbers)
         if others:
-            outputs = self._pass_again(trace, list(others))
             parameters = list({id(p): p for i in others for p in segments[i].group.parameters}.values())
-            found = local_gradients(outputs, list(others.values()), parameters)
-            yield from ((p, g) for p, g in zip(parameters, found, strict=True) if g is not None)
+            yield from local(others, self._pass_again(trace, others), parameters)
             draws.append(trace.numbers is not None and trace.numbers.moved)
+        require_alike(checked, runs)
         if not deferring():
             self._draws_numbers = any(draws)
 
-    def _again(self, call: Call) -> list[Tensor]:
-        """Outputs of one layer, recorded. Calls of itself within are a part of it."""
+    def _again(self, call: Call) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs of one layer, recorded, and their marks. Calls of itself within are a part of it."""
         outputs: list[Tensor] = []
+        marks: list[Tensor] = []
         layer, depth = call.group.output, 0
 
         def keep(segment: Segment, y: Tensor) -> Tensor:
             outputs.append(y)
+            marks.append(mark(y))
             return y
 
-        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal depth
             depth += 1
+            # What it was given had been through the hooks of all modules
+            return call.given() if depth == 1 and nn.modules.module._global_forward_pre_hooks else None
 
         def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             nonlocal depth
             depth -= 1
-            if depth == 0:
+            if depth == 0 and sys.exc_info()[0] is None:  # else the layer has raised
                 raise Finished
 
-        # The hooks of the second line come before the one of the first
-        handles = layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, prepend=True, always_call=True)
+        # The hooks of the last line come before the second one here
+        handles = [
+            layer.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
+            layer.register_forward_hook(end, prepend=True, always_call=True),
+        ]
         try:
             with self._hooked(Trace(), keep, [call.group]):
-                call.again(call.group.name)
+                call.again()
         finally:
             for handle in handles:
                 handle.remove()
-        return outputs
+        return outputs, marks
 
-    def _pass_again(self, trace: Trace, wanted: list[int]) -> list[Tensor]:
-        """Outputs of some segments in the plain pass again, recorded, each cut off from what follows."""
+    def _pass_again(self, trace: Trace, wanted: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs of some segments in the plain pass again, recorded, each cut off from what follows, and their marks."""
         outputs: list[Tensor] = []
+        marks: list[Tensor] = []
         again = Trace()
 
         def cut(segment: Segment, y: Tensor) -> Tensor:
             if len(again.segments) - 1 in wanted:
                 outputs.append(y)
+                marks.append(mark(y))  # now, as the model may write into it
                 if len(outputs) == len(wanted):
                     raise Finished
             return y.detach()
 
         assert trace.numbers is not None and trace.buffers is not None
-        with torch.enable_grad(), trace.numbers.replayed(), suppress(Finished), self._hooked(again, cut, self.groups):
+        with recording(), trace.numbers.replayed(), suppress(Finished), self._hooked(again, cut, self.groups):
             args, kwargs = snapshot(trace.inputs)
             with buffers_as(self.model, trace.buffers):
                 self.model(*args, **kwargs)
-        return outputs
+        return outputs, marks
 
     def _hooked(self, trace: Trace, perturb: Perturb, groups: list[Group] | None = None) -> AbstractContextManager[None]:
         """Layers hooked for a pass. ``groups``: of these, for one after which no layer runs again."""

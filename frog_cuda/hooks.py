@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .dual import DualTensor, primal_of
 from .layers import Group
 from .local import LocalRule, rule_holds
-from .rerun import Call
+from .rerun import Call, mark
 from .segments import Segment, Trace, batch_axis
 from .stopping import stopped, stopping_at_no_grad
 from .tangents import Piece
@@ -33,7 +33,7 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
         shared: whether all samples have the same tangents.
         again: whether layers without a closed form are to run again for their gradients.
     """
-    trace.segments, trace.offset = [], 0
+    trace.segments, trace.offset, trace.marked = [], 0, again
     calls: list[tuple[Group, Call | None]] = []  # that are under way, of layers without a closed form
     handles = []
 
@@ -41,12 +41,13 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
         # Others may have changed the layer since the last pass
         rule = group.rule if group.rule is not None and rule_holds(group.output) else None
         runs_again = group.runs_again or rule is not group.rule
+        versions: list[int] = []
 
         # The first hook of all: what the layer itself returns is perturbed, whatever others make of it
         if runs_again:
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                calls.append((group, Call(group, args, kwargs) if again else None))
+                calls.append((group, Call(group, args, kwargs, versions) if again else None))
 
             handles.append(group.output.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
 
@@ -134,6 +135,8 @@ def _perturbed(
             x = x.clone()
         version = x._version
     segment = Segment(group, rule, piece, shape[0], x, version, [], call=call)
+    if rule is None and trace.marked:
+        segment.mark = mark(value)
     trace.segments.append(segment)
     return perturb(segment, y)
 

@@ -8,13 +8,15 @@ repeated, see :mod:`frog_cuda.activity`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
+from ._recording import recording
 from .dual import DualTensor
 from .exchange import buffers_as, saved_buffers
 from .functional import RandomNumbers, copy_if_written
@@ -27,24 +29,66 @@ class Finished(BaseException):
 
 def snapshot(tree: Any) -> Any:
     """Values as they are now, whatever writes into the tensors later. What is the same tensor stays so, as the query, key and
-    value of self-attention are."""
-    seen: dict[int, Any] = {}
+    value of self-attention are. Objects are copied, too, such as a cache that layers append to."""
+    return _Snapshot().of(tree)
 
-    def of(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
+
+class _Snapshot:
+    """No nested function, whose reference to itself would keep what was seen until garbage is collected."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Any] = {}
+
+    def of(self, tree: Any) -> Any:
+        return tree_map(self._leaf, tree)
+
+    def _leaf(self, leaf: Any) -> Any:
+        seen = self._seen
+        if isinstance(leaf, Tensor):
+            if id(leaf) not in seen:
+                seen[id(leaf)] = _value(leaf) if isinstance(leaf, DualTensor) else copy_if_written(leaf.detach())
+            return seen[id(leaf)]
+        if not _is_copied(leaf):
             return leaf
         if id(leaf) not in seen:
-            # A DualTensor's value lies beside its tangents, which it alone would keep alive
-            value = leaf.primal.clone() if isinstance(leaf, DualTensor) else copy_if_written(leaf.detach())
-            seen[id(leaf)] = value
+            if len(seen) > _MOST_OBJECTS:
+                return leaf
+            copy = seen[id(leaf)] = object.__new__(type(leaf))
+            copy.__dict__.update((name, self.of(value)) for name, value in vars(leaf).items())
         return seen[id(leaf)]
 
-    return tree_map(of, tree)
+
+#: tensors and objects beyond which no more objects are copied
+_MOST_OBJECTS = 10_000
+
+
+def _is_copied(leaf: Any) -> bool:
+    """An object of a class written in Python, all of which is in its attributes, and which is no part of a model."""
+    kind = type(leaf)
+    plain = kind.__new__ is object.__new__ and hasattr(leaf, "__dict__") and not hasattr(kind, "__del__")
+    return plain and not isinstance(leaf, nn.Module)
+
+
+#: the primal of a DualTensor, its version, and a copy of it as it was then
+_values: Any = WeakIdKeyDictionary()
+
+
+def _value(dual: DualTensor) -> Tensor:
+    """A copy: the value itself lies beside the tangents, which it alone would keep alive. One for all layers that are given
+    the same, as they are where each layer's keys and values are put into one cache."""
+    primal, version, value = _values.get(dual, (None, 0, None))
+    if primal is not dual.primal or version != primal._version:
+        primal = dual.primal
+        value = primal.clone()
+        _values[dual] = primal, primal._version, value
+    return value
 
 
 class Call:
     """One call of a layer, to be made again.
 
+    Arguments:
+        versions: those of the layer's parameters where its last call in this pass ended; for all calls the same list.
     Attributes:
         group: the layer.
         draws_numbers: whether the layer drew random numbers.
@@ -52,32 +96,87 @@ class Call:
 
     draws_numbers = False
 
-    def __init__(self, group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, group: Group, args: tuple[Any, ...], kwargs: dict[str, Any], versions: list[int]) -> None:
         self.group, layer = group, group.output
-        self._args, self._kwargs = snapshot((args, kwargs))
+        self._given = snapshot((args, kwargs))
         self._parameters = list(layer.parameters())
-        self._versions = [p._version for p in self._parameters]
+        # A layer may write into its own parameters, as embeddings with max_norm do, but nobody else between its calls
+        self._versions, self._moved = versions, bool(versions) and versions != self._present()
         self._numbers = RandomNumbers(self._parameters, layer.modules())
         self._buffers = saved_buffers(layer)
 
+    def _present(self) -> list[int]:
+        return [p._version for p in self._parameters]
+
+    def given(self) -> Any:
+        """Arguments and keyword arguments of the call."""
+        return snapshot(self._given)  # which the layer may write into
+
     def ended(self) -> None:
         """The layer has run."""
+        if not self._moved:
+            self._versions[:] = self._present()
         self.draws_numbers = self._numbers.drawn()
 
-    def again(self, name: str) -> None:
+    def again(self) -> None:
         """Runs the layer; a hook takes its output.
 
         Raises:
-            RuntimeError: its parameters have changed in the meantime.
+            RuntimeError: its parameters have changed in the meantime, or it raises now although it did not at first.
         """
-        if [p._version for p in self._parameters] != self._versions:
+        name = self.group.name or "the model"
+        if self._moved or self._present() != self._versions:
             raise RuntimeError(
                 f"layers: the parameters of {name} were changed after the forward pass, but the layer has no closed-form "
                 "gradient and runs again for it; take gradients before the parameters move"
             )
-        with torch.enable_grad(), self._numbers.replayed() if self.draws_numbers else nullcontext():
-            with suppress(Finished), buffers_as(self.group.output, self._buffers):
-                self.group.output(*self._args, **self._kwargs)
+        args, kwargs = self.given()
+        with recording(), self._numbers.replayed() if self.draws_numbers else nullcontext():
+            try:
+                with buffers_as(self.group.output, self._buffers):
+                    self.group.output(*args, **kwargs)
+            except Finished:
+                pass
+            except Exception as error:
+                raise RuntimeError(f"{differs(self.group)} It raised {type(error).__name__}: {error}") from error
+        self._versions[:] = self._present()
+
+
+def differs(group: Group) -> str:
+    """What an error says of a layer whose second run is not as the first."""
+    return (
+        f"layers: {group.name or 'the model'} has no closed-form gradient and runs a second time for it, but did not do the "
+        "same as in the forward pass. A layer must not keep state between calls other than buffers and random numbers: no "
+        "counter, and no cache of keys and values (use_cache=False)."
+    )
+
+
+def mark(y: Tensor) -> Tensor:
+    """float64 (17,): random projections of the values of ``y`` (B, *), which move about as far as these do, and their norm."""
+    y = y.detach()
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    rows = y.flatten(0, -2) if y.dim() > 1 else y.unsqueeze(1)
+    left, right = (_weights(n, y) for n in rows.shape)
+    projections = left.T @ (rows @ right)  # (4, 4)
+    return torch.cat((projections.flatten() / 4, torch.linalg.vector_norm(rows).unsqueeze(0))).double()
+
+
+def _weights(n: int, like: Tensor) -> Tensor:
+    """(n, 4), as if random, of mean square 1: fractional parts that no regular pattern is orthogonal to."""
+    j = torch.arange(1, n + 1, dtype=torch.float64, device=like.device).square_()
+    rates = (
+        torch.arange(2, 6, dtype=torch.float64, device=like.device).add_(0.618034).sqrt_()
+    )  # no copy, which no graph can hold
+    return torch.outer(j, rates).frac_().sub_(0.5).mul_(12**0.5).to(like)
+
+
+def same(first: Tensor, second: Tensor, layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """0-dim bool: whether these marks can be those of the same values of ``dtype`` but for rounding. The kernels of the two
+    runs are not the same, and rounding, in the least precision of the layer, adds up over what it consists of."""
+    dtypes = {dtype, *(p.dtype for p in layer.parameters() if p.is_floating_point())}
+    tolerance = min(8 * max(torch.finfo(d).eps for d in dtypes) ** 0.5, 0.1)
+    far = torch.linalg.vector_norm(first - second) > tolerance * torch.maximum(first[-1], second[-1])
+    return ~far  # nor is what is not finite
 
 
 def local_gradients(

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from . import ops
 from ._checks import flat
+from ._deferred import require
+from .dual import DualTensor
 from .functional import RandomNumbers
 from .layers import Group
 from .local import LocalRule
-from .rerun import Call
+from .rerun import Call, differs, same
 from .tangents import Piece, TangentSet
 
 #: elements up to which the tangents of all layers are drawn in one call. A layer's part of more than one tangent is not
@@ -41,6 +43,7 @@ class Segment:
     grams: Tensor | None = None  # (B, k, k) of replayed tangents, where they were wanted as they were drawn
     block: Tensor | None = None  # tangents of all segments, (k, n), where these are a part of it
     call: Call | None = None  # of a layer that runs again for its gradient
+    mark: Tensor | None = None  # of its values, where they are to be computed again
 
 
 @dataclass(eq=False)
@@ -54,6 +57,7 @@ class Trace:
     numbers: RandomNumbers | None = None
     buffers: dict[str, Tensor] | None = None
     inputs: Any = None
+    marked: bool = False  # values that are to be computed again are known by their marks
     lasting: bool = False  # a captured graph reads it again
 
     def release(self) -> None:
@@ -70,6 +74,31 @@ def batch_axis(layer: nn.Module, value: Tensor, at: int) -> int:
         if isinstance(layer, nn.MultiheadAttention) and at == 0:
             return 0 if layer.batch_first else 1
     return 0
+
+
+def alike(segments: list[Segment], gradients: list[Tensor], outputs: list[Tensor], marks: list[Tensor]) -> list[Tensor]:
+    """0-dim bool for each of these segments: whether what a second run returned has the values of the first.
+
+    Raises:
+        RuntimeError: other shapes, or with tangents, which layers find in what they keep of the first run.
+    """
+    for segment, g, y in zip(segments, gradients, outputs, strict=False):
+        if type(y) is DualTensor or y.shape != g.shape:
+            raise RuntimeError(differs(segment.group))
+    if len(segments) != len(outputs):
+        raise RuntimeError(differs(segments[0].group))
+    assert all(s.mark is not None for s in segments)
+    own = zip(segments, marks, outputs, strict=True)
+    return [same(s.mark, m, s.group.output, y.dtype) for s, m, y in own if s.mark is not None]
+
+
+def require_alike(segments: list[Segment], held: list[Tensor]) -> None:
+    """
+    Raises:
+        RuntimeError: names the first of the segments for which :func:`alike` did not hold.
+    """
+    passed = torch.stack(held)
+    require(passed.all(), lambda: RuntimeError(differs(segments[passed.tolist().index(False)].group)))
 
 
 def joined(segment: Segment) -> Tensor:

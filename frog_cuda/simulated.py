@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import flat
+from ._recording import recording
 from .activity import ActivityPerturbation, Segment
 from .estimate import Estimate, solve
 from .exchange import unmoved_buffers
@@ -77,7 +78,7 @@ def _loss(fg: ForwardGradient, inputs: Inputs, target: Any) -> Tensor:
 
 
 def _weight(fg: ForwardGradient, method: WeightPerturbation, tangents: TangentSet, inputs: Inputs, target: Any) -> Simulated:
-    with torch.enable_grad():
+    with recording():
         loss = _loss(fg, inputs, target).mean()
         found = torch.autograd.grad(loss, list(method.parameters.values()), allow_unused=True)
     true = {name: g for name, g in zip(method.parameters, found, strict=True) if g is not None}
@@ -115,7 +116,7 @@ def _activity(
         shifts.append(torch.zeros_like(y, requires_grad=True))
         return y + shifts[-1]
 
-    with torch.enable_grad():
+    with recording():
         trace = method.beginning(inputs)
         with method._hooked(trace, shift):
             losses = _loss(fg, inputs, target)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._recording import is_recording
 from ..local import share_rule
 
 #: layers whose calls have a fused operator or a rule of their own
@@ -43,6 +44,8 @@ def _drop_in(original: type[nn.Module]) -> type[nn.Module]:
     inner = original.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_recording():
+            return inner(self, *args, **kwargs)
         with torch.no_grad():
             return inner(self, *args, **kwargs)
 

@@ -330,9 +330,12 @@ class ActivityPerturbation:
                 f"layers: the input of {segment.piece.name} was modified in place after the layer read it; its gradient "
                 "cannot be computed"
             )
-        if self.shared and estimate.custom is None and tangents.k < segment.batch:
+        batched = x.dim() >= rule.axes(layer)
+        if batched and self.shared and estimate.custom is None and tangents.k < segment.batch:
             return local_gradient(layer, rule, x, joined(segment), *self._weights(segment, estimate, x.dtype))
-        return local_gradient(layer, rule, x, self._activity_gradient(tangents, segment, estimate, start, width))
+        g = self._activity_gradient(tangents, segment, estimate, start, width)
+        # A layer that was given no batch: its rows, if there are any, are not those of the rules
+        return local_gradient(layer, rule, *(x, g) if batched else (x.unsqueeze(0), g.unsqueeze(0)))
 
     def _weights(self, segment: Segment, estimate: Estimate, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(k, B): how much of each tangent the mean loss's gradient holds in each row; (k,): in all rows together."""

@@ -62,7 +62,8 @@ def hooked(groups: list[Group], trace: Trace, perturb: Perturb, shared: bool, ag
             if stopped() or any(other is group for other, _ in calls):  # a constant, or a layer that calls itself
                 return None
             given = args[0] if args else kwargs.get("input")
-            return _visit(trace, group, rule, call, given, output, perturb, shared)
+            of_this = rule if rule is None or rule.now is None else rule.now(module)
+            return _visit(trace, group, of_this, call, given, output, perturb, shared)
 
         how: dict[str, bool] = {"prepend": True, "with_kwargs": True, "always_call": runs_again}
         handles.append(group.output.register_forward_hook(after, **how))

@@ -8,7 +8,8 @@ v_i`` has rank at most k, so the sum equals ``sum_i J(sum_b C_ib f_b, v_i)``: k 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,11 +31,16 @@ class LocalRule:
         features: (layer, x (B, *in)) -> f (B, *): what the gradient of the weight is bilinear in.
         weight: (layer, f (R, *), g (R, *out)) -> gradient of the weight, summed over the R rows.
         bias: (layer, g (R, *out)) -> gradient of the bias for each row, (R, *bias.shape).
+        axes: (layer) -> how many axes the input has at least where the first one is that of the batch.
+        now: (layer) -> the rule for what the layer has just computed, which a later change of its mode must not touch; None
+            where nothing can change.
     """
 
     features: Callable[[Any, Tensor], Tensor]
     weight: Callable[[Any, Tensor, Tensor], Tensor]
     bias: Callable[[Any, Tensor], Tensor]
+    axes: Callable[[Any], int]
+    now: Callable[[Any], LocalRule] | None = None
 
 
 def local_rule(module: nn.Module) -> LocalRule | None:
@@ -176,10 +182,20 @@ def _group_normalised(layer: nn.GroupNorm, x: Tensor) -> Tensor:
     return F.group_norm(x, layer.num_groups, None, None, layer.eps)
 
 
+def _by_statistics(mean: Tensor | None, variance: Tensor | None, layer: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, mean, variance, None, None, mean is None, 0.0, layer.eps)
+
+
 def _batch_normalised(layer: Any, x: Tensor) -> Tensor:
     if layer.training or layer.running_mean is None:
-        return F.batch_norm(x, None, None, None, None, True, 0.0, layer.eps)
-    return F.batch_norm(x, layer.running_mean, layer.running_var, None, None, False, 0.0, layer.eps)
+        return _by_statistics(None, None, layer, x)
+    return _by_statistics(layer.running_mean, layer.running_var, layer, x)
+
+
+def _batch_norm_now(layer: Any) -> LocalRule:
+    if layer.training or layer.running_mean is None:
+        return _BY_BATCH
+    return replace(_BATCH_NORM, features=partial(_by_statistics, layer.running_mean.clone(), layer.running_var.clone()))
 
 
 def _over_elements(layer: Any, f: Tensor, g: Tensor) -> Tensor:
@@ -196,21 +212,34 @@ def _over_channels(layer: Any, f: Tensor, g: Tensor) -> Tensor:
     return (f * g).transpose(0, 1).flatten(1).sum(1)
 
 
-_CONVOLUTION = LocalRule(_padded, _convolution_weight, _sum_to_channels)
-_TRANSPOSED = LocalRule(_same, _transposed_weight, _sum_to_channels)
-_BATCH_NORM = LocalRule(_batch_normalised, _over_channels, _sum_to_channels)
+def _two(layer: nn.Module) -> int:
+    return 2
+
+
+def _spatial(layer: Any) -> int:
+    return len(layer.kernel_size) + 2
+
+
+def _normalised_axes(layer: Any) -> int:
+    return len(layer.normalized_shape) + 1
+
+
+_CONVOLUTION = LocalRule(_padded, _convolution_weight, _sum_to_channels, _spatial)
+_TRANSPOSED = LocalRule(_same, _transposed_weight, _sum_to_channels, _spatial)
+_BATCH_NORM = LocalRule(_batch_normalised, _over_channels, _sum_to_channels, _two, _batch_norm_now)
+_BY_BATCH = replace(_BATCH_NORM, features=partial(_by_statistics, None, None))
 
 _RULES: dict[type[nn.Module], LocalRule] = {
-    nn.Linear: LocalRule(_same, _linear_weight, _sum_to_last),
+    nn.Linear: LocalRule(_same, _linear_weight, _sum_to_last, _two),
     nn.Conv1d: _CONVOLUTION,
     nn.Conv2d: _CONVOLUTION,
     nn.Conv3d: _CONVOLUTION,
     nn.ConvTranspose1d: _TRANSPOSED,
     nn.ConvTranspose2d: _TRANSPOSED,
     nn.ConvTranspose3d: _TRANSPOSED,
-    nn.LayerNorm: LocalRule(_layer_normalised, _over_elements, _over_elements_bias),
-    nn.RMSNorm: LocalRule(_rms_normalised, _over_elements, _over_elements_bias),
-    nn.GroupNorm: LocalRule(_group_normalised, _over_channels, _sum_to_channels),
+    nn.LayerNorm: LocalRule(_layer_normalised, _over_elements, _over_elements_bias, _normalised_axes),
+    nn.RMSNorm: LocalRule(_rms_normalised, _over_elements, _over_elements_bias, _normalised_axes),
+    nn.GroupNorm: LocalRule(_group_normalised, _over_channels, _sum_to_channels, _two),
     nn.BatchNorm1d: _BATCH_NORM,
     nn.BatchNorm2d: _BATCH_NORM,
     nn.BatchNorm3d: _BATCH_NORM,

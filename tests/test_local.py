@@ -7,6 +7,7 @@ import torch
 from helpers import assert_close64
 from torch import nn
 
+import frog_cuda as frog
 from frog_cuda import local
 
 B, K = 7, 3
@@ -88,3 +89,63 @@ def test_mixed_precision_is_computed_in_the_wider_one(x_dtype, w_dtype, shared):
     exact = dict(local.local_gradient(wide, rule, x.float(), g.float(), None if weights is None else weights.float()))
     for p, q in ((layer.weight, wide.weight), (layer.bias, wide.bias)):
         assert found[p].dtype == w_dtype and torch.equal(found[p], exact[q].to(w_dtype))
+
+
+class Alone(nn.Module):
+    """A layer whose input has no axis for the batch; the loss is a scalar."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x).square().sum().tanh()
+
+
+NO_BATCH = {
+    "linear": (lambda: nn.Linear(5, 4), (5,)),
+    "layer norm": (lambda: nn.LayerNorm(5), (5,)),
+    "layer norm, two axes": (lambda: nn.LayerNorm((4, 5)), (4, 5)),
+    "rms norm": (lambda: nn.RMSNorm(5), (5,)),
+    "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (3, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2), (4, 4, 3)),
+    "conv2d, circular": (lambda: nn.Conv2d(3, 4, 3, padding=(2, 1), padding_mode="circular"), (3, 4, 3)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 3, 3, 3)),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (4, 3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", NO_BATCH)
+def test_layers_without_a_batch(name):
+    make, shape = NO_BATCH[name]
+    torch.manual_seed(0)
+    model, x = Alone(make().double()), torch.randn(shape, dtype=torch.float64)
+    y = model.layer(x)
+    for shared, k in ((True, 1), (True, 3), (False, 3), (False, y.numel())):
+        fg = frog.ForwardGradient(model, lambda out, _: out, k=k, shared_across_batch=shared)
+        model.zero_grad()
+        fg(x, None)
+        # The estimate for the layer's output, by autograd from there on
+        v = fg._tangents.draw(fg.last.trace.segments[0].piece, torch.float64)
+        g = torch.einsum("k,k...->...", fg.last.coefficients, v).expand_as(y)
+        expected = torch.autograd.grad(y, list(model.layer.parameters()), g, retain_graph=True)
+        for p, e in zip(model.layer.parameters(), expected, strict=True):
+            assert_close64(p.grad, e)
+    expected = torch.autograd.grad(model(x), list(model.layer.parameters()))
+    for p, e in zip(model.layer.parameters(), expected, strict=True):
+        assert_close64(p.grad, e, 1e-6)  # as many tangents as elements
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_what_batch_norm_used_is_kept(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().train(mode)
+    model[1].running_var.uniform_(1, 2)
+    x, y = torch.randn(B, 5, dtype=torch.float64), torch.randn(B, 3, dtype=torch.float64)
+    fg = frog.ForwardGradient(model, nn.MSELoss(), k=4, per_sample=False)
+    fg.derivatives(x, y)
+    expected = fg.gradients()
+    model.train(not mode)
+    model[1].running_mean.add_(1)
+    for name, g in fg.gradients().items():
+        assert torch.equal(g, expected[name])

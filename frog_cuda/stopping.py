@@ -40,6 +40,11 @@ _passes = 0
 _FOUND = "_frog_cuda_found"
 
 
+def in_pass() -> bool:
+    """Whether this thread is inside a pass of an estimator."""
+    return _local.stopped is not None
+
+
 def stopped() -> bool:
     """Whether this thread is inside a pass, and there inside ``no_grad``."""
     return bool(_local.stopped)

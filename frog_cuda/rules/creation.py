@@ -166,7 +166,7 @@ def requires_grad(x: DualTensor) -> bool:
 @rule(torch.Tensor.requires_grad_)
 def requires_grad_(x: DualTensor, requires_grad: bool = True) -> DualTensor:
     """In a pass of an estimator it changes nothing, as in training, where what depends on parameters requires grad anyway."""
-    if requires_grad and stopping._local.entered is None:
+    if requires_grad and not stopping.in_pass():
         raise RuntimeError("requires_grad_: nothing is recorded for backward through a DualTensor")
     return x
 

@@ -262,6 +262,7 @@ class ActivityPerturbation:
             if not isinstance(aggregate, Aggregate):
                 raise ValueError("aggregate: a custom aggregation needs shared_across_batch=True or per_sample=False")
         elif not per_sample and self.shared:
+            tangents.distribution.check(tangents.k, n)  # the rows are all the same
             n = sum(s.piece.numel * s.batch * share.shards for s in segments)
 
         def gram() -> Tensor:

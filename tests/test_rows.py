@@ -156,3 +156,14 @@ def test_the_warning_of_batch_statistics(recwarn):
     for _ in range(2):
         fg(x, y)
     assert len(recwarn.list) == 1
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_more_orthonormal_tangents_than_a_sample_has_elements(per_sample):
+    """Rows that are repeated over the batch add no dimensions."""
+    model = nn.Sequential(nn.Linear(4, 2))
+    fg = frog.ForwardGradient(
+        model, lambda out, _: out.square().sum(1), k=3, tangents="orthonormal", per_sample=per_sample, aggregate="mean"
+    )
+    with pytest.raises(ValueError, match="k is 3, but only 2 orthonormal tangents fit into 2 dimensions"):
+        fg(torch.randn(5, 4), None)

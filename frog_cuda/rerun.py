@@ -37,36 +37,42 @@ class _Snapshot:
     """No nested function, whose reference to itself would keep what was seen until garbage is collected."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, Any] = {}
+        #: by id: what it is of, which stays alive with it, and the copy
+        self._seen: dict[int, tuple[Any, Any]] = {}
+        self._depth = 0
 
     def of(self, tree: Any) -> Any:
         return tree_map(self._leaf, tree)
 
     def _leaf(self, leaf: Any) -> Any:
-        seen = self._seen
+        known = self._seen.get(id(leaf))
+        if known is not None:
+            return known[1]
         if isinstance(leaf, Tensor):
-            if id(leaf) not in seen:
-                seen[id(leaf)] = _value(leaf) if isinstance(leaf, DualTensor) else copy_if_written(leaf.detach())
-            return seen[id(leaf)]
-        if not _is_copied(leaf):
-            return leaf
-        if id(leaf) not in seen:
-            if len(seen) > _MOST_OBJECTS:
-                return leaf
-            copy = seen[id(leaf)] = object.__new__(type(leaf))
+            copy: Any = _value(leaf) if isinstance(leaf, DualTensor) else copy_if_written(leaf.detach())
+            self._seen[id(leaf)] = leaf, copy
+        elif _is_copied(leaf) and len(self._seen) < _MOST_OBJECTS and self._depth < _DEEPEST:
+            copy = object.__new__(type(leaf))
+            self._seen[id(leaf)] = leaf, copy
+            self._depth += 1
             copy.__dict__.update((name, self.of(value)) for name, value in vars(leaf).items())
-        return seen[id(leaf)]
+            self._depth -= 1
+        else:
+            return leaf
+        return copy
 
 
-#: tensors and objects beyond which no more objects are copied
-_MOST_OBJECTS = 10_000
+#: tensors and objects beyond which no more objects are copied, and how many objects may lie within one another
+_MOST_OBJECTS, _DEEPEST = 10_000, 20
 
 
 def _is_copied(leaf: Any) -> bool:
-    """An object of a class written in Python, all of which is in its attributes, and which is no part of a model."""
+    """An object of a class written in Python, all of which is in its attributes, and which is no part of a model. A class that
+    says itself how it is copied may have its reasons."""
     kind = type(leaf)
-    plain = kind.__new__ is object.__new__ and hasattr(leaf, "__dict__") and not hasattr(kind, "__del__")
-    return plain and not isinstance(leaf, nn.Module)
+    if kind.__new__ is not object.__new__ or not hasattr(leaf, "__dict__") or isinstance(leaf, nn.Module):
+        return False
+    return not any(hasattr(kind, name) for name in ("__copy__", "__deepcopy__", "__del__"))
 
 
 #: the primal of a DualTensor, its version, and a copy of it as it was then
@@ -164,9 +170,8 @@ def mark(y: Tensor) -> Tensor:
 def _weights(n: int, like: Tensor) -> Tensor:
     """(n, 4), as if random, of mean square 1: fractional parts that no regular pattern is orthogonal to."""
     j = torch.arange(1, n + 1, dtype=torch.float64, device=like.device).square_()
-    rates = (
-        torch.arange(2, 6, dtype=torch.float64, device=like.device).add_(0.618034).sqrt_()
-    )  # no copy, which no graph can hold
+    # Not copied from the host, which a captured graph cannot do
+    rates = torch.arange(2, 6, dtype=torch.float64, device=like.device).add_(0.618034).sqrt_()
     return torch.outer(j, rates).frac_().sub_(0.5).mul_(12**0.5).to(like)
 
 

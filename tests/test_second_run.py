@@ -230,3 +230,25 @@ def test_drop_in_layers_without_a_closed_form(perturb):
         torch.testing.assert_close(simulated.true_gradients[name], expected[name])
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-6, atol=1e-9)
     assert not model(x).requires_grad
+
+
+def test_objects_in_snapshots():
+    """Cycles, long chains, and what is the same twice; classes that copy themselves are left alone."""
+    cache, chain = Cache(), Layers()
+    cache.itself, cache.layers[1] = cache, cache.layers[0]
+    cache.layers[0].keys.append(torch.ones(2))
+    node = chain
+    for _ in range(3000):
+        node.next = node = Layers()
+
+    class Own(Cache):
+        def __copy__(self):
+            raise AssertionError
+
+    own, module = Own(), nn.Linear(1, 1)
+    copies = rerun.snapshot((cache, {"a": chain}, own, module, "text", None, cache))
+    assert copies[0] is copies[6] is copies[0].itself is not cache and copies[2:6] == (own, module, "text", None)
+    assert copies[0].layers[0] is copies[0].layers[1] is not cache.layers[0] and type(copies[0]) is Cache
+    cache.layers[0].keys[0].add_(1)
+    cache.layers[0].keys.append(None)
+    assert len(copies[0].layers[0].keys) == 1 and copies[0].layers[0].keys[0].tolist() == [1, 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,7 @@ class Keeps(nn.Linear):
     def __init__(self, how):
         super().__init__(M, M)
         self.how, self.calls, self.kept = how, 0, []
+        self.holder = SimpleNamespace(output=None)  # where no value is put in place of a DualTensor after the pass
 
     def forward(self, x):
         self.calls += 1
@@ -96,8 +99,9 @@ class Keeps(nn.Linear):
         elif self.how == "another number" and self.calls > 1:
             return super().forward(x), x
         elif self.how == "remembers its output":
-            self.kept[1:] = self.kept[1:2] or [super().forward(x)]
-            return self.kept[1]
+            if self.holder.output is None:
+                self.holder.output = super().forward(x)
+            return self.holder.output
         elif self.how == "raises" and self.calls > 1:
             raise TypeError("once is enough")
         return super().forward(x)

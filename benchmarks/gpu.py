@@ -289,7 +289,7 @@ def gradient_error(problem: Problem, kind: type[cases.Method], k: int) -> float:
 
     The method is made anew: a graph replays products in the precision that it was captured in.
     """
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn) if problem.x.is_cuda else ()
     before = [s.allow_tf32 for s in switches]
     for s in switches:
         s.allow_tf32 = False

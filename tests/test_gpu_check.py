@@ -166,6 +166,7 @@ def test_a_gradient_far_from_backprop_keeps_its_time_and_is_marked(monkeypatch):
     monkeypatch.setattr(gpu.cases.ForwardGradient, "_error", lambda method: next(errors))
     machine, problem = gpu.Machine("cpu", tiny=True), Problem("tiny-gpt")
     row = gpu.gradient(machine, problem, gpu.cases.Activity, 1)
+    assert not {"error", "unchecked", "left_out"} & set(row), row
     assert row["seconds"] > 0 and row["gradient_error"] == 0.3 and row["wrong"] == "relative error 0.3, bound 0.2"
     row |= {"model": "tiny-gpt", "method": "activity", "k": 1, "ratio": None}
     assert "wrong: relative error 0.3" in gpu._cells(row, "")

@@ -29,8 +29,8 @@ ORDER = [
 #: how JAX was timed
 APART = " JAX, whose threads get in PyTorch's way, was timed by itself: all its rounds, then all of backprop's."
 IN_TURNS = (
-    " JAX's threads got in PyTorch's way, as it took turns, too: backprop was up to 5 times slower beside it, and JAX's ratios "
-    "are so much too low."
+    " JAX's threads got in PyTorch's way, as it took turns, too: backprop was up to {slower:.1f} times slower beside it, and "
+    "JAX's ratios are so much too low."
 )
 
 INTRODUCTION = """# Benchmarks
@@ -228,7 +228,10 @@ def page(file: str, machine: Record, records: Sequence[Record], images: Sequence
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
     report = file.removesuffix("json") + "md"
     timed = [r for r in shown if r.get("method", "").startswith("JAX") and "ratio" in r]
-    jax = (APART if all(r.get("in_turns") is False for r in timed) else IN_TURNS) if timed else ""
+    beside = [r for r in timed if r.get("in_turns") is not False]
+    alone = {r["model"]: r["time"] for r in records if r.get("method") == "backprop" and r.get("part") == "gradient"}
+    slower = max((r["against"] / alone[r["model"]] for r in beside), default=0.0)
+    jax = (IN_TURNS.format(slower=slower) if beside else APART) if timed else ""
     parts = [INTRODUCTION.format(about=about, file=file, report=report, first=dates[0], last=dates[-1], load=load, jax=jax)]
     models = list(dict.fromkeys(r["model"] for r in records if r["table"] == "gradient"))
     if any(r["table"] == "gradient" and r["method"] == "backprop" and "cosine" not in r for r in records):

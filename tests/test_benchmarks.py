@@ -187,11 +187,11 @@ def test_the_page_says_where_backprop_wins() -> None:
         ["activity", "16", "4", "4.00", "0.50 c", "", "0.9 ± 0.02", "225"],
         ["weight, normal", "1", "1.5", "1.50", "0.50 c", "", "0.9 ± 0.3", "600"],
     ]
-    jax = record("JAX jit, grad", 0, 2.0, in_turns=False)
-    assert report_docs.APART not in text and report_docs.IN_TURNS not in text
+    jax = record("JAX jit, grad", 0, 2.0, in_turns=False, against=3e-3)
+    assert report_docs.APART not in text and "as it took turns" not in text
     assert report_docs.APART in report_docs.page("some.json", {}, [*cases, jax], [])
     del jax["in_turns"]
-    assert report_docs.IN_TURNS in report_docs.page("some.json", {}, [*cases, jax], [])
+    assert "up to 3.0 times slower beside it" in report_docs.page("some.json", {}, [*cases, jax], [])
     unsure = report_docs.backprop_wins([c for c in cases if c["k"] not in (1, 4)], ["fc8"])
     assert "none known well enough" in unsure and "Per second" not in unsure
     assert rows_of(report_docs.left_out(cases)) == [["fc8", "vmap(jvp)", "4", "too large"]]
